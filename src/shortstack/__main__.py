@@ -1,0 +1,3 @@
+from shortstack.cli import main
+
+raise SystemExit(main())

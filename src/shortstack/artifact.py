@@ -1,0 +1,77 @@
+"""An exported model: what it is, where it came from, how many bytes a token reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from shortstack.errors import ShortstackError
+
+Format = Literal["gguf", "onnx"]
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """What to write: `gguf:Q4_K_M`, `onnx:int4`; `options` are the exporter's own (head type …)."""
+
+    format: str
+    precision: str
+    options: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str, **options: str) -> ExportSpec:
+        """Read `FORMAT:PRECISION`, as the command line and the tests write it."""
+        fmt, colon, precision = text.partition(":")
+        if not (fmt and colon and precision):
+            raise ShortstackError(f"export target {text!r} is not FORMAT:PRECISION, e.g. gguf:Q8_0")
+        return cls(fmt, precision, tuple(sorted(options.items())))
+
+    def option(self, name: str, default: str | None = None) -> str | None:
+        return dict(self.options).get(name, default)
+
+    @property
+    def slug(self) -> str:
+        """A name for folders and tables: `gguf-q4_0`, `gguf-q4_0-head-q6_k`."""
+        parts = [self.format, self.precision, *(f"{k}-{v}" for k, v in self.options)]
+        return "-".join(parts).lower()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One exported model. `path` is the file (GGUF) or the folder (ONNX)."""
+
+    path: Path
+    spec: ExportSpec
+    n_layers: int
+    n_params: int
+    size_bytes: int
+    weight_bytes_per_token: int
+    """Weight bytes that decoding one token reads: every layer and the head once, an embedding
+    table that is only gathered from not at all."""
+    sha256: str
+    source_sha256: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def format(self) -> str:
+        return self.spec.format
+
+    def to_dict(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        data["path"] = self.path.name
+        data["spec"]["options"] = dict(self.spec.options)
+        data["notes"] = list(self.notes)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], folder: Path) -> Artifact:
+        """Read what `to_dict` wrote; `path` is stored as a name, so folders can be moved."""
+        spec = ExportSpec(
+            data["spec"]["format"],
+            data["spec"]["precision"],
+            tuple(sorted(data["spec"]["options"].items())),
+        )
+        fields = {k: v for k, v in data.items() if k not in ("path", "spec", "notes")}
+        return cls(path=folder / data["path"], spec=spec, notes=tuple(data["notes"]), **fields)

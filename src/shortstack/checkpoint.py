@@ -1,0 +1,221 @@
+"""A model as files: config, safetensors shards, tokenizer. Opens without torch, reads lazily."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shortstack.errors import MissingExtraError, ShortstackError, one_line
+from shortstack.families import Family, dims, expected_tensors, family_of
+
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+"""Copied byte for byte through every step: a re-saved tokenizer can stop a converter."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies and what it is."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face folder whose config and tensors agree. Nothing is loaded."""
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Open and check a folder.
+
+        Raises ShortstackError for an unknown architecture, a pickle, a truncated shard, and a
+        config.json that disagrees with the tensors.
+        """
+        config = _read_config(path)
+        family_of(config)
+        checkpoint = cls(path, config, _read_headers(path))
+        checkpoint._check_schema()
+        return checkpoint
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.config)
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def n_params(self) -> int:
+        return sum(math.prod(info.shape) for info in self.tensors.values())
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(info.n_bytes for info in self.tensors.values())
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding: no head tensor is stored."""
+        return self.family.head.hf not in self.tensors
+
+    @property
+    def dims(self) -> dict[str, int]:
+        return dims(self.config)
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        return tuple(sorted({info.file for info in self.tensors.values()}))
+
+    @property
+    def tokenizer_files(self) -> tuple[Path, ...]:
+        return tuple(p for name in TOKENIZER_FILES if (p := self.path / name).is_file())
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Hash of config, shards and tokenizer files, by name and content."""
+        names = ["config.json", *self.shards, *(p.name for p in self.tokenizer_files)]
+        return hash_files(self.path, names)
+
+    def layer_bytes(self, index: int) -> int:
+        prefix = self.family.layer_prefix.format(i=index)
+        return sum(t.n_bytes for name, t in self.tensors.items() if name.startswith(prefix))
+
+    def _check_schema(self) -> None:
+        family, seen = self.family, set()
+        for name, rule, shape, _ in expected_tensors(family, self.config):
+            info = self.tensors.get(name)
+            if info is None:
+                tied = bool(self.config.get("tie_word_embeddings")) and rule is family.head
+                if rule.optional or tied:
+                    continue
+                raise ShortstackError(
+                    f"{self.path}: config.json disagrees with the tensors: {name} is missing "
+                    f"(config says {self.n_layers} layers). Download the folder again."
+                )
+            if info.shape != shape:
+                raise ShortstackError(
+                    f"{self.path}: config.json disagrees with the tensors: {name} is "
+                    f"{list(info.shape)}, the config says {list(shape)}. "
+                    "Download the folder again."
+                )
+            seen.add(name)
+        extra = sorted(set(self.tensors) - seen)
+        if extra:
+            raise ShortstackError(
+                f"{self.path}: config.json disagrees with the tensors: {extra[0]} is unexpected "
+                f"({len(extra)} such). Download the folder again."
+            )
+
+
+def hash_files(folder: Path, names: list[str]) -> str:
+    """SHA-256 over names and contents, in the given order."""
+    total = hashlib.sha256()
+    for name in names:
+        with (folder / name).open("rb") as file:
+            total.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not path.is_dir() or not file.is_file():
+        raise ShortstackError(
+            f"{path} is not a Hugging Face model folder: it has no config.json. "
+            "Name a folder with config.json and *.safetensors, or a .gguf file."
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ShortstackError(
+            f"{file} is not JSON ({one_line(str(error))}). Download it again."
+        ) from None
+    if not isinstance(config, dict):
+        raise ShortstackError(f"{file} is not a JSON object. Download it again.")
+    return config
+
+
+def _shard_names(path: Path) -> list[str]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (json.JSONDecodeError, KeyError, AttributeError):
+            raise ShortstackError(f"{index} is not a shard index. Download it again.") from None
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            raise ShortstackError(
+                f"{path}: shard {missing[0]} is missing ({len(missing)} of {len(names)}). "
+                "Download it again."
+            )
+        return names
+    names = sorted(p.name for p in path.glob("*.safetensors"))
+    if names:
+        return names
+    pickles = sorted(p.name for pattern in PICKLES for p in path.glob(pattern))
+    if pickles:
+        raise ShortstackError(
+            f"{path}: {pickles[0]} is a pickle, which can run code when opened, so it is refused. "
+            "Convert it to safetensors first."
+        )
+    raise ShortstackError(f"{path} holds no *.safetensors file. Download the weights.")
+
+
+def _read_headers(path: Path) -> dict[str, TensorInfo]:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise MissingExtraError("safetensors", "prune", "opening a checkpoint") from None
+    tensors: dict[str, TensorInfo] = {}
+    for name in _shard_names(path):
+        try:
+            with safe_open(path / name, framework="numpy") as shard:
+                for key in shard.keys():  # noqa: SIM118  # safe_open is not a mapping
+                    part = shard.get_slice(key)
+                    if key in tensors:
+                        raise ShortstackError(
+                            f"{path}: tensor {key} is in {tensors[key].file} and in {name}. "
+                            "Remove the stale shard."
+                        )
+                    tensors[key] = TensorInfo(name, part.get_dtype(), tuple(part.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise ShortstackError(
+                f"{path / name} is truncated or not safetensors ({one_line(str(error))}). "
+                "Download it again."
+            ) from None
+    quantized = [n for n, info in tensors.items() if info.dtype not in DTYPE_BYTES]
+    if quantized:
+        raise ShortstackError(
+            f"{path}: tensor {quantized[0]} is {tensors[quantized[0]].dtype}, not a float. "
+            "Start from the unquantized checkpoint."
+        )
+    return tensors

@@ -1,0 +1,45 @@
+"""The errors a user can mend. Anything else is a bug of ours and keeps its traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ShortstackError(Exception):
+    """A user can mend this. One line: the thing, the fact, the next step. Exit code 2."""
+
+    exit_code = 2
+
+
+class VerificationError(ShortstackError):
+    """An artifact computes something else than its checkpoint, or costs more than its gate allows.
+
+    Exit code 1: the request was sound, the result was not.
+    """
+
+    exit_code = 1
+
+
+class MissingExtraError(ShortstackError):
+    """A package of an extra is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed. "
+            f"Run: pip install 'shortstack[{extra}]'"
+        )
+
+
+def one_line(text: str, limit: int = 600) -> str:
+    """Fold white space, so that an error stays one line; cut at `limit` characters."""
+    folded = " ".join(text.split())
+    return folded if len(folded) <= limit else folded[: limit - 1] + "…"
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ShortstackError:
+    """Build the error for a name that no table holds, with the nearest known one."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ShortstackError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")

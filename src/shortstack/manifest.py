@@ -1,0 +1,125 @@
+"""Output folders: staged, moved into place whole, and able to say how they were made."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from shortstack import __version__
+from shortstack.errors import ShortstackError
+
+MANIFEST = "shortstack.json"
+SCHEMA = 1
+
+
+def step_key(step: str, inputs: Mapping[str, Any]) -> str:
+    """Hash of what a step is made from; equal key means the step may be skipped."""
+    text = json.dumps([SCHEMA, __version__, step, inputs], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder we made; None where there is none or it is not ours."""
+    try:
+        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return data if isinstance(data, dict) and data.get("tool") == "shortstack" else None
+
+
+def finished(folder: Path, key: str) -> dict[str, Any] | None:
+    """The manifest, if the folder holds the finished step `key` with every file as written."""
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.get("key") != key:
+        return None
+    for name, size in manifest["files"].items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            return None
+    return manifest
+
+
+def write_manifest(folder: Path, step: str, key: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `shortstack.json` beside the files it speaks of; returns what was written."""
+    files = {
+        p.relative_to(folder).as_posix(): p.stat().st_size
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != MANIFEST
+    }
+    manifest = {
+        "tool": "shortstack",
+        "version": __version__,
+        "schema": SCHEMA,
+        "step": step,
+        "key": key,
+        "files": files,
+        **facts,
+    }
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    return manifest
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or none: through a temporary name on the same disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_ours(folder: Path) -> None:
+    """Refuse a folder that exists, holds something, and was not made by us."""
+    if folder.is_symlink() and not folder.exists():
+        raise ShortstackError(f"{folder} is a broken link. Choose another output.")
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ShortstackError(f"{folder} is a file, not a folder. Choose another output.")
+    if any(folder.iterdir()) and read_manifest(folder) is None:
+        raise ShortstackError(
+            f"{folder} exists and was not made by shortstack. Choose another output or empty it."
+        )
+
+
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`; move it into place when the block ends well.
+
+    On any exception, Ctrl-C included, the temporary folder is removed. What an earlier run left
+    after a hard kill is removed first.
+    """
+    check_ours(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    made = _make_parents(folder.parent)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+        made = []
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in reversed(made):
+            with contextlib.suppress(OSError):  # another step may have put something there
+                parent.rmdir()
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Make missing folders; return those made, outermost first."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for parent in reversed(missing):
+        parent.mkdir(exist_ok=True)
+    return missing[::-1]

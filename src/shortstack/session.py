@@ -1,0 +1,46 @@
+"""What every runtime offers: one opened artifact, one sequence, logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class Session(Protocol):
+    """An opened artifact holding one sequence and its KV cache. No sampling, no end-of-text stop.
+
+    `prefill` starts a new sequence; `decode` continues it through the cache.
+    """
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What is in force: runtime name and version, threads, options that matter to a reader."""
+        ...
+
+    def prefill(self, tokens: Sequence[int], *, all_logits: bool = False) -> NDArray[np.float32]:
+        """Empty the cache, run `tokens`; return logits of the last position, shape (vocab,).
+
+        With `all_logits`, of every position: shape (len(tokens), vocab).
+        """
+        ...
+
+    def decode(self, token: int) -> NDArray[np.float32]:
+        """Append one token to the cache; return the logits that follow it, shape (vocab,)."""
+        ...
+
+    def tokenize(self, text: str) -> list[int] | None:
+        """Token ids by the runtime's own tokenizer, no BOS added; None where it has none."""
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exc: object) -> None: ...

@@ -1,0 +1,147 @@
+"""The user's text, split into disjoint parts by document, and cut into token windows."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shortstack.errors import MissingExtraError, ShortstackError
+
+PARTS = ("calibration", "selection", "test")
+BLOCK_CHARS = 4000
+"""A plain text file has no documents: blocks of about this size stand in for them."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in three disjoint parts: score on one, choose on the next, report on the last."""
+
+    source: str
+    sha256: str
+    calibration: tuple[str, ...]
+    selection: tuple[str, ...]
+    test: tuple[str, ...]
+
+    def part(self, name: str) -> tuple[str, ...]:
+        documents: tuple[str, ...] = getattr(self, name)
+        return documents
+
+
+def open_corpus(source: str) -> Corpus:
+    """Open a .txt, .md or .jsonl file, or `spdx` (the licence texts of that package).
+
+    Documents of one group (the same licence family, the same JSONL row) never cross parts.
+    Raises ShortstackError for a missing, empty or unreadable file.
+    """
+    groups = _spdx() if source == "spdx" else _file(Path(source))
+    parts: dict[str, list[str]] = {name: [] for name in PARTS}
+    for index, (group, documents) in enumerate(sorted(groups.items(), key=_shuffled)):
+        # Round-robin over hashed groups: half to calibration, a quarter to each other part.
+        parts[("calibration", "selection", "calibration", "test")[index % 4]] += documents
+        del group
+    empty = [name for name, documents in parts.items() if not documents]
+    if empty:
+        raise ShortstackError(
+            f"text {source!r} has too few documents to fill the {empty[0]} part. "
+            "Give at least four JSONL rows or 16 kB of text."
+        )
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return Corpus(source, digest, *(tuple(parts[name]) for name in PARTS))
+
+
+def token_windows(
+    documents: Sequence[str], encode: Callable[[str], list[int]], length: int, count: int
+) -> list[list[int]]:
+    """Cut at most `count` windows of `length` tokens, one a document first, no window overlapping.
+
+    Raises ShortstackError if the documents do not hold a single window.
+    """
+    per_document: list[list[list[int]]] = []
+    for document in documents:
+        # 16 characters a token is far more than any tokenizer needs: bounds the work.
+        ids = encode(document[: 16 * length * count])
+        cuts = [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]
+        if cuts:
+            per_document.append(cuts)
+        if len(per_document) >= count:
+            break
+    windows = [
+        cuts[depth]
+        for depth in range(max(map(len, per_document), default=0))
+        for cuts in per_document
+        if depth < len(cuts)
+    ]
+    if not windows:
+        raise ShortstackError(
+            f"no document holds {length} tokens. Give longer text or ask for shorter windows."
+        )
+    return windows[:count]
+
+
+def _shuffled(item: tuple[str, list[str]]) -> str:
+    return hashlib.sha256(item[0].encode()).hexdigest()
+
+
+def _spdx() -> dict[str, list[str]]:
+    """Licence texts, grouped by family (`GPL-3.0-only` and `GPL-2.0` share `gpl`)."""
+    spec = importlib.util.find_spec("spdx")
+    if spec is None or spec.origin is None:
+        raise MissingExtraError("spdx", "demo", "the text 'spdx'")
+    groups: dict[str, list[str]] = {}
+    data = Path(spec.origin).parent / "data"
+    for file in sorted(p for p in data.rglob("*") if p.is_file()):
+        text = file.read_text(encoding="utf-8", errors="replace").strip()
+        if len(text) > 500:
+            groups.setdefault(re.split(r"[-_.\d]", file.stem.lower())[0], []).append(text)
+    return groups
+
+
+def _file(path: Path) -> dict[str, list[str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ShortstackError(
+            f"cannot read the text file {path}: {type(error).__name__}. Give UTF-8 .txt or .jsonl."
+        ) from None
+    if path.suffix == ".jsonl":
+        documents = [_row_text(path, n, line) for n, line in enumerate(text.splitlines(), 1)]
+    else:
+        documents = _blocks(text)
+    groups: dict[str, list[str]] = {}
+    for document in filter(None, documents):
+        groups.setdefault(hashlib.sha256(document.encode()).hexdigest(), [document])
+    return groups
+
+
+def _row_text(path: Path, number: int, line: str) -> str:
+    if not line.strip():
+        return ""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        raise ShortstackError(
+            f"{path}, line {number}: not JSON. Mend or remove the line."
+        ) from None
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise ShortstackError(
+            f"{path}, line {number}: no string field 'text'. Rename the field that holds the text."
+        )
+    return text.strip()
+
+
+def _blocks(text: str) -> list[str]:
+    """Join paragraphs to blocks of about BLOCK_CHARS."""
+    blocks: list[str] = []
+    current = ""
+    for paragraph in re.split(r"\n\s*\n", text):
+        current = f"{current}\n\n{paragraph}" if current else paragraph
+        if len(current) >= BLOCK_CHARS:
+            blocks.append(current)
+            current = ""
+    return [*blocks, current.strip()] if current.strip() else blocks
