@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import importlib.util
+import itertools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,26 +34,46 @@ class Corpus:
         return documents
 
 
-def open_corpus(source: str) -> Corpus:
-    """Open a .txt, .md or .jsonl file, or `spdx` (the licence texts of that package).
+def open_corpus(source: str | Mapping[str, str]) -> Corpus:
+    """Open a text and split it into its parts, or take the parts from three files.
 
-    Documents of one group (the same licence family, the same JSONL row) never cross parts.
-    Raises ShortstackError for a missing, empty or unreadable file.
+    `source`: a .txt, .md, .jsonl or .jsonl.gz file; `spdx`, the licence texts of that package;
+    or a mapping with a file for each part. Documents of one group (a licence family, equal JSONL
+    rows) never cross parts. Raises ShortstackError for a missing, empty or unreadable file, and
+    for three files that share a document.
     """
+    if not isinstance(source, str):
+        return _corpus_of_files(source)
     groups = _spdx() if source == "spdx" else _file(Path(source))
     parts: dict[str, list[str]] = {name: [] for name in PARTS}
-    for index, (group, documents) in enumerate(sorted(groups.items(), key=_shuffled)):
+    for index, name in enumerate(sorted(groups, key=_shuffled)):
         # Round-robin over hashed groups: half to calibration, a quarter to each other part.
-        parts[("calibration", "selection", "calibration", "test")[index % 4]] += documents
-        del group
+        parts[("calibration", "selection", "calibration", "test")[index % 4]] += groups[name]
     empty = [name for name, documents in parts.items() if not documents]
     if empty:
         raise ShortstackError(
             f"text {source!r} has too few documents to fill the {empty[0]} part. "
             "Give at least four JSONL rows or 16 kB of text."
         )
+    return _corpus(source, parts)
+
+
+def _corpus(source: str, parts: Mapping[str, Sequence[str]]) -> Corpus:
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return Corpus(source, digest, *(tuple(parts[name]) for name in PARTS))
+
+
+def _corpus_of_files(source: Mapping[str, str]) -> Corpus:
+    groups = {name: _file(Path(source[name])) for name in PARTS}
+    for first, second in itertools.combinations(PARTS, 2):
+        shared = groups[first].keys() & groups[second].keys()
+        if shared:
+            raise ShortstackError(
+                f"{source[first]} and {source[second]} share {len(shared)} documents, so {second} "
+                f"text was seen in {first}. Remove them from one file."
+            )
+    parts = {name: [d for group in groups[name].values() for d in group] for name in PARTS}
+    return _corpus(" ".join(source[name] for name in PARTS), parts)
 
 
 def token_windows(
@@ -83,8 +105,8 @@ def token_windows(
     return windows[:count]
 
 
-def _shuffled(item: tuple[str, list[str]]) -> str:
-    return hashlib.sha256(item[0].encode()).hexdigest()
+def _shuffled(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
 
 
 def _spdx() -> dict[str, list[str]]:
@@ -103,12 +125,13 @@ def _spdx() -> dict[str, list[str]]:
 
 def _file(path: Path) -> dict[str, list[str]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ShortstackError(
             f"cannot read the text file {path}: {type(error).__name__}. Give UTF-8 .txt or .jsonl."
         ) from None
-    if path.suffix == ".jsonl":
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
         documents = [_row_text(path, n, line) for n, line in enumerate(text.splitlines(), 1)]
     else:
         documents = _blocks(text)

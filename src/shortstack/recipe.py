@@ -1,0 +1,155 @@
+"""Recipes: YAML in, frozen checked values out. An unknown key is refused with the nearest known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shortstack.artifact import ExportSpec
+from shortstack.errors import ShortstackError, one_line, unknown
+
+SHIPPED = Path(__file__).parent / "recipes"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextRecipe(_Strict):
+    """Three files, already disjoint, instead of one that we split."""
+
+    calibration: str
+    selection: str
+    test: str
+
+
+class PruneRecipe(_Strict):
+    """Which layers go. `drop` is a count for methods that score, layers for `explicit`."""
+
+    method: str = "perplexity"
+    drop: int | str | list[int] = Field(description="a count, or layers such as 11-15,20")
+    windows: int = Field(8, ge=1, description="calibration windows")
+    window_tokens: int = Field(256, ge=8)
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+
+
+class ExportRecipe(_Strict):
+    """One artifact, of the pruned model and of the original."""
+
+    to: str = Field(description="FORMAT:PRECISION, e.g. gguf:Q8_0")
+    options: dict[str, str] = Field(default_factory=dict)
+    max_perplexity_ratio: float = Field(1.25, gt=1.0, description="gate of a quantized artifact")
+
+    @property
+    def spec(self) -> ExportSpec:
+        return ExportSpec.parse(self.to, **self.options)
+
+
+class VerifyRecipe(_Strict):
+    """How much unseen text every artifact is compared on, and how much of it through the cache."""
+
+    windows: int = Field(8, ge=1)
+    window_tokens: int = Field(256, ge=16)
+    decode_tokens: int = Field(64, ge=1)
+
+
+class BenchRecipe(_Strict):
+    """The workload of one trial and how often it is repeated, original and pruned in turn."""
+
+    prompt_tokens: int = Field(128, ge=1)
+    decode_tokens: int = Field(64, ge=2)
+    repeats: int = Field(5, ge=2)
+    threads: int | None = Field(None, ge=1, description="default: the cores we may use")
+
+
+class Recipe(_Strict):
+    """One run: a model and a text in; plan, artifacts, measurements and a report out."""
+
+    model: str
+    text: str | TextRecipe
+    prune: PruneRecipe
+    export: tuple[ExportRecipe, ...] = Field(min_length=1)
+    verify: VerifyRecipe = VerifyRecipe()
+    bench: BenchRecipe = BenchRecipe()
+    seed: int = 0
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
+
+
+def load_recipe(reference: str) -> Recipe:
+    """Read a recipe file, or a shipped recipe by name.
+
+    Raises ShortstackError for a missing file, bad YAML, an unknown key or a bad value.
+    """
+    path = Path(reference)
+    if not path.is_file():
+        path = SHIPPED / f"{reference}.yaml"
+    if not path.is_file():
+        if reference.endswith((".yaml", ".yml")) or "/" in reference:
+            raise ShortstackError(f"no recipe file {reference}. Name a YAML file or a shipped one.")
+        raise unknown("recipe", reference, shipped_recipes())
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ShortstackError(f"{reference} is not YAML: {one_line(str(error), 200)}") from None
+    return parse_recipe(data, reference)
+
+
+def parse_recipe(data: Any, name: str) -> Recipe:
+    """Check a recipe's data; relative names of files stay as the user wrote them."""
+    if not isinstance(data, dict):
+        raise ShortstackError(f"{name}: a recipe is a mapping with the keys {_keys(Recipe)}.")
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise _explain(name, error) from None
+    slugs = [export.spec.slug for export in recipe.export]
+    twice = sorted({slug for slug in slugs if slugs.count(slug) > 1})
+    if twice:
+        raise ShortstackError(f"{name}: export {twice[0]} is listed twice. Remove one.")
+    return recipe
+
+
+def _keys(model: type[BaseModel]) -> str:
+    return ", ".join(model.model_fields)
+
+
+_UNION_TAGS = ("TextRecipe", "str", "int", "list[int]")
+"""What pydantic puts into a location for the branch of a union; no key of ours is named so."""
+
+
+def _explain(name: str, error: ValidationError) -> ShortstackError:
+    """One line for the first problem, in the recipe's words."""
+    problems = error.errors(include_url=False)
+    # The text field accepts two shapes; report the problem of the shape that the user chose.
+    chosen = [p for p in problems if not (p["type"] == "string_type" and "str" in p["loc"])]
+    # A misspelt key also leaves one missing: the misspelling is the better news.
+    first = min(chosen or problems, key=lambda problem: problem["type"] != "extra_forbidden")
+    loc: Sequence[int | str] = [p for p in first["loc"] if p not in _UNION_TAGS]
+    where = ".".join(str(part) for part in loc)
+    if first["type"] == "extra_forbidden":
+        model = _model_at(loc[:-1])
+        wrong = unknown("key", str(loc[-1]), model.model_fields)
+        at = ".".join(str(part) for part in loc[:-1]) or "the top level"
+        return ShortstackError(f"{name}: in {at}: {wrong}")
+    if first["type"] == "missing":
+        return ShortstackError(f"{name}: {where} is missing. Add it.")
+    return ShortstackError(f"{name}: {where}: {first['msg']}, got {first['input']!r}.")
+
+
+def _model_at(loc: Sequence[int | str]) -> type[BaseModel]:
+    """The model whose keys are valid at a place in the recipe."""
+    models: dict[str, type[BaseModel]] = {
+        "prune": PruneRecipe,
+        "export": ExportRecipe,
+        "verify": VerifyRecipe,
+        "bench": BenchRecipe,
+        "text": TextRecipe,
+    }
+    return models[str(loc[0])] if loc else Recipe

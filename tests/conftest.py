@@ -1,0 +1,17 @@
+"""Shared fixtures: a trained tiny Llama, real licence text."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is wrong
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """A trained Llama: 6 layers, hidden 64, vocabulary 512, tied head, BF16 (make_tiny.py)."""
+    return Path(__file__).parent / "data" / "tiny"

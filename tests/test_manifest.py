@@ -1,0 +1,68 @@
+"""Output folders appear whole or not at all, and only over what is ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shortstack.errors import ShortstackError
+from shortstack.manifest import check_ours, finished, staged, step_key, write_manifest
+
+
+def build(folder: Path, key: str, content: str = "data") -> None:
+    with staged(folder) as partial:
+        (partial / "file").write_text(content)
+        write_manifest(partial, "step", key, {})
+
+
+def test_a_finished_step_is_found_again_by_its_key(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    key = step_key("step", {"input": "sha"})
+    build(folder, key)
+    assert finished(folder, key) is not None
+    assert finished(folder, step_key("step", {"input": "other"})) is None
+
+
+def test_a_changed_file_makes_a_step_unfinished(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    build(folder, "key")
+    (folder / "file").write_text("dat")
+    assert finished(folder, "key") is None
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, ShortstackError])
+def test_a_failed_step_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    folder = tmp_path / "deep" / "out"
+    with pytest.raises(error), staged(folder) as partial:
+        (partial / "half").write_text("half")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_step_keeps_the_older_result(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    build(folder, "key", "older")
+    with pytest.raises(RuntimeError), staged(folder) as partial:
+        (partial / "file").write_text("newer")
+        raise RuntimeError
+    assert (folder / "file").read_text() == "older"
+
+
+def test_what_a_hard_kill_left_is_cleared(tmp_path: Path) -> None:
+    left = tmp_path / ".out.partial"
+    left.mkdir()
+    (left / "stale").write_text("stale")
+    build(tmp_path / "out", "key")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out" / "stale").exists()
+
+
+def test_a_folder_that_is_not_ours_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(ShortstackError, match="was not made by shortstack"):
+        build(tmp_path, "key")
+    file = tmp_path / "thesis.txt"
+    with pytest.raises(ShortstackError, match="is a file, not a folder"):
+        check_ours(file)
+    assert file.read_text() == "precious"
