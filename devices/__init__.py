@@ -1,0 +1,1 @@
+"""Measure artifacts in fresh processes, compare original and pruned, report. Never needs torch."""

@@ -1,0 +1,49 @@
+"""Export: a checkpoint becomes one artifact that a runtime opens. One file, one table line each."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Protocol, cast
+
+from shortstack.artifact import Artifact, ExportSpec
+from shortstack.checkpoint import Checkpoint
+from shortstack.errors import unknown
+from shortstack.progress import OnProgress, silent
+
+EXPORTERS: dict[str, str] = {
+    "gguf": "shortstack.export.to_gguf",
+    "onnx": "shortstack.export.to_onnx",
+}
+"""Format -> module with `PRECISIONS`, `check`, `predict` and `export`."""
+
+
+class Exporter(Protocol):
+    """What a module in EXPORTERS offers."""
+
+    def check(self, checkpoint: Checkpoint, spec: ExportSpec) -> None:
+        """Raise ShortstackError for a spec it cannot realise exactly; costs nothing."""
+
+    def predict(self, checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, int]:
+        """`size_bytes`, `peak_ram_bytes` and `disk_bytes` (at once, intermediate files too)."""
+        ...
+
+    def export(
+        self,
+        checkpoint: Checkpoint,
+        spec: ExportSpec,
+        out: Path,
+        *,
+        progress: OnProgress = silent,
+    ) -> Artifact:
+        """Write into the existing folder `out`, which the caller stages and moves."""
+        ...
+
+
+def exporter(name: str) -> Exporter:
+    """The exporter of a format. Raises ShortstackError for one that no table line has."""
+    try:
+        module = EXPORTERS[name]
+    except KeyError:
+        raise unknown("export format", name, EXPORTERS) from None
+    return cast(Exporter, importlib.import_module(module))

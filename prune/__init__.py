@@ -1,0 +1,86 @@
+"""Choose layers to drop, and cut them out of the files."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+from shortstack.checkpoint import Checkpoint
+from shortstack.errors import ShortstackError, unknown
+from shortstack.progress import OnProgress, silent
+from shortstack.prune.apply import apply_plan
+from shortstack.prune.plan import PrunePlan, parse_drop
+from shortstack.prune.predict import predict_prune
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "PrunePlan",
+    "apply_plan",
+    "parse_drop",
+    "planner",
+    "predict_prune",
+]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to choose layers: where its planner is, and whether it reads the user's text."""
+
+    target: str
+    needs_text: bool
+
+
+METHODS = {
+    "explicit": Method("shortstack.prune.methods:explicit", needs_text=False),
+    "influence": Method("shortstack.prune.influence:influence", needs_text=True),
+    "perplexity": Method("shortstack.prune.leave_one_out:perplexity", needs_text=True),
+}
+"""Name -> method. A new one: a module and a line here."""
+
+
+class Planner(Protocol):
+    """Makes a plan. `drop` is a count, or for `explicit` the layers; options are the method's."""
+
+    def __call__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        drop: int | tuple[int, ...],
+        windows: list[list[int]],
+        progress: OnProgress = silent,
+        **options: Any,
+    ) -> PrunePlan: ...
+
+
+def planner(name: str) -> Planner:
+    """The planner of a method; it refuses options that the method does not know."""
+    if name not in METHODS:
+        raise unknown("prune method", name, METHODS)
+    module, _, function = METHODS[name].target.partition(":")
+    make = getattr(importlib.import_module(module), function)
+    known = [
+        option
+        for option in inspect.signature(make).parameters
+        if option not in ("checkpoint", "drop", "windows", "progress")
+    ]
+
+    def plan(
+        checkpoint: Checkpoint,
+        *,
+        drop: int | tuple[int, ...],
+        windows: list[list[int]],
+        progress: OnProgress = silent,
+        **options: Any,
+    ) -> PrunePlan:
+        for option in options:
+            if option not in known:
+                raise unknown(f"option of method {name!r}", option, known)
+        if METHODS[name].needs_text and not windows:
+            raise ShortstackError(f"method {name!r} reads text. Give a text file to score on.")
+        made = make(checkpoint, drop=drop, windows=windows, progress=progress, **options)
+        return cast(PrunePlan, made)
+
+    return plan

@@ -84,7 +84,7 @@ def test_a_users_error_keeps_its_class_and_words() -> None:
     ("function", "timeout_s", "reason"),
     [
         ("dies", 60, "died of signal SIGSEGV"),
-        ("hangs", 0.5, "gave no answer in 0 s"),
+        ("hangs", 0.5, "gave no answer in 0.5 s"),
         ("exits", 60, "ended with exit code 3, no result"),
         ("has_a_bug", 60, "ended with exit code 1, no result"),
     ],

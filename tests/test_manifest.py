@@ -16,6 +16,12 @@ def build(folder: Path, key: str, content: str = "data") -> None:
         write_manifest(partial, "step", key, {})
 
 
+def fail_halfway(folder: Path, error: type[BaseException]) -> None:
+    with staged(folder) as partial:
+        (partial / "file").write_text("half")
+        raise error
+
+
 def test_a_finished_step_is_found_again_by_its_key(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     key = step_key("step", {"input": "sha"})
@@ -34,18 +40,16 @@ def test_a_changed_file_makes_a_step_unfinished(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, ShortstackError])
 def test_a_failed_step_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     folder = tmp_path / "deep" / "out"
-    with pytest.raises(error), staged(folder) as partial:
-        (partial / "half").write_text("half")
-        raise error
+    with pytest.raises(error):
+        fail_halfway(folder, error)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_step_keeps_the_older_result(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     build(folder, "key", "older")
-    with pytest.raises(RuntimeError), staged(folder) as partial:
-        (partial / "file").write_text("newer")
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        fail_halfway(folder, RuntimeError)
     assert (folder / "file").read_text() == "older"
 
 

@@ -27,13 +27,24 @@ PIPE = "SHORTSTACK_CHILD_PIPE"
 
 
 class ChildCrashError(ShortstackError):
-    """The child died of a signal, hung, or ended without a result. `reason` says which."""
+    """The child died of a signal, hung, or ended without a result. `reason` says which in words,
+    `kind` (signal, timeout, exit) and `signal_name` to programs."""
 
-    def __init__(self, what: str, reason: str, stderr: str = "") -> None:
+    def __init__(
+        self,
+        what: str,
+        reason: str,
+        stderr: str = "",
+        *,
+        kind: str = "exit",
+        signal_name: str | None = None,
+    ) -> None:
         tail = one_line(" | ".join(stderr.strip().splitlines()[-3:]), 300)
         words = f" Last words: {tail}" if tail else ""
         super().__init__(f"{what} {reason}.{words} See what works here: shortstack doctor")
         self.reason = reason
+        self.kind = kind
+        self.signal_name = signal_name
 
 
 def call(
@@ -87,10 +98,11 @@ def call(
         stderr.seek(0)
         words = stderr.read().decode(errors="replace")
     if timed_out.is_set():
-        raise ChildCrashError(what, f"gave no answer in {timeout_s:.0f} s", words)
+        raise ChildCrashError(what, f"gave no answer in {timeout_s:g} s", words, kind="timeout")
     if process.returncode < 0:
         name = signal.Signals(-process.returncode).name
-        raise ChildCrashError(what, f"died of signal {name}", words)
+        reason = f"died of signal {name}"
+        raise ChildCrashError(what, reason, words, kind="signal", signal_name=name)
     if answer is None:
         raise ChildCrashError(what, f"ended with exit code {process.returncode}, no result", words)
     if "error" in answer:

@@ -1,0 +1,104 @@
+"""The model in: a folder, a .gguf file, a file inside an installed package, a hub id."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from shortstack.checkpoint import Checkpoint
+from shortstack.errors import ShortstackError
+from shortstack.progress import OnProgress, silent
+
+SOURCES = {
+    "folder": "shortstack.intake.folder",
+    "gguf": "shortstack.intake.gguf_file",
+    "hub": "shortstack.intake.hub",
+}
+"""Kind of source -> module that offers what `Source` says."""
+
+
+class Source(Protocol):
+    """What a module named in SOURCES offers."""
+
+    def identify(self, target: str) -> dict[str, Any]:
+        """What the model is made from, cheap to learn: equal facts, equal model."""
+        ...
+
+    def open_source(
+        self, target: str, identity: dict[str, Any], work: Path, progress: OnProgress
+    ) -> Checkpoint:
+        """Open the model, materialised in `work` if it is not a folder already."""
+        ...
+
+
+def open_model(reference: str, work: Path, *, progress: OnProgress = silent) -> Checkpoint:
+    """Open a model by folder, .gguf file, `pkg:PACKAGE/PATH` or `hf:OWNER/NAME[@REVISION]`.
+
+    A folder is opened in place; anything else becomes a folder at `work`, once. Only `hf:` uses
+    the network. Raises ShortstackError for a reference that names nothing.
+    """
+    kind, target = resolve(reference)
+    source = _source(kind)
+    return source.open_source(target, source.identify(target), work, progress)
+
+
+def describe_model(reference: str) -> dict[str, Any]:
+    """What `reference` stands for, to compute a step key from: kind and content hash or revision.
+
+    Reads the file or folder once; uses no network.
+    """
+    kind, target = resolve(reference)
+    return {"kind": kind, **_source(kind).identify(target)}
+
+
+def resolve(reference: str) -> tuple[str, str]:
+    """Split a reference into a kind of SOURCES and what that source opens."""
+    scheme, colon, rest = reference.partition(":")
+    if colon and scheme == "hf":
+        return "hub", rest
+    path = package_file(rest) if colon and scheme == "pkg" else Path(reference).expanduser()
+    if path.is_dir():
+        return "folder", str(path)
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return "gguf", str(path)
+    if path.is_file():
+        raise ShortstackError(
+            f"{path} is neither a .gguf file nor a model folder. "
+            "Name the folder that holds config.json, or a .gguf file."
+        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", reference):
+        raise ShortstackError(
+            f"there is no folder {reference!r} here. To download it from the Hugging Face hub "
+            f"say: hf:{reference}"
+        )
+    raise ShortstackError(f"there is no file or folder {str(path)!r}. Check the model's path.")
+
+
+def package_file(target: str) -> Path:
+    """Find `PACKAGE/PATH` inside an installed package, without importing the package."""
+    package, _, inside = target.partition("/")
+    try:
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise ShortstackError(
+            f"package {package!r} is not installed. Run: pip install {package.replace('_', '-')}"
+        )
+    for folder in spec.submodule_search_locations:
+        root = Path(folder).resolve()
+        path = (root / inside).resolve()
+        if not path.is_relative_to(root):
+            raise ShortstackError(
+                f"pkg:{target} leads out of the package. Name a path inside {package!r}."
+            )
+        if path.exists():
+            return path
+    raise ShortstackError(f"package {package!r} has no {inside!r}. Check the path after the slash.")
+
+
+def _source(kind: str) -> Source:
+    return cast(Source, importlib.import_module(SOURCES[kind]))

@@ -1,0 +1,69 @@
+"""Read one tensor of a checkpoint as an array, without torch, without its neighbours."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shortstack.checkpoint import Checkpoint
+
+Array = NDArray[Any]
+
+STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+"""numpy has no bfloat16: its bits are read as integers."""
+
+
+class Weights:
+    """The tensors of a checkpoint as views into its files, mapped, not loaded."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._headers: dict[str, tuple[int, Mapping[str, Any]]] = {}
+
+    def stored(self, name: str) -> Array:
+        """The tensor as it lies in the file; BF16 as uint16 bits."""
+        info = self._checkpoint.tensors[name]
+        start, entries = self._header(info.file)
+        begin = start + entries[name]["data_offsets"][0]
+        path = self._checkpoint.path / info.file
+        return np.memmap(path, STORED[info.dtype], "r", begin, info.shape)
+
+    def float32(self, name: str) -> NDArray[np.float32]:
+        """The tensor in single precision: exact for F32, F16 and BF16."""
+        array = self.stored(name)
+        if self._checkpoint.tensors[name].dtype == "BF16":
+            return from_bfloat16(array)
+        return np.asarray(array, np.float32)
+
+    def _header(self, file: str) -> tuple[int, Mapping[str, Any]]:
+        """Where the data of a shard begins, and its table of tensors."""
+        if file not in self._headers:
+            with (self._checkpoint.path / file).open("rb") as shard:
+                (length,) = struct.unpack("<Q", shard.read(8))
+                self._headers[file] = (8 + length, json.loads(shard.read(length)))
+        return self._headers[file]
+
+
+def from_bfloat16(bits: Array) -> NDArray[np.float32]:
+    """A bfloat16 is the upper half of a float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Round to nearest, ties to even, on the bits; weights hold no NaN."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def interleave_rope(weight: Array, heads: int) -> Array:
+    """Reorder the rows of a Q or K projection (or bias) as llama.cpp rotates them.
+
+    transformers rotates row i of a head with row i + half; llama.cpp rotates adjacent rows.
+    """
+    pairs = weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1)
+    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(weight.shape))

@@ -1,0 +1,120 @@
+"""Cut layers out of a checkpoint, file to file: byte ranges are copied, no model is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shortstack.checkpoint import Checkpoint
+from shortstack.errors import MissingExtraError, ShortstackError
+from shortstack.families import expected_tensors
+from shortstack.progress import OnProgress, silent
+from shortstack.prune.per_layer import cut_config
+from shortstack.prune.plan import PrunePlan
+from shortstack.shards import (
+    MAX_SHARD_BYTES,
+    Layout,
+    ShardReader,
+    ShardWriter,
+    check_space,
+    disk_errors,
+    lay_out,
+)
+
+PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """All that will be written, known before the first byte is."""
+
+    config: dict[str, Any]
+    old_name: dict[str, str]
+    layout: Layout
+
+    @property
+    def config_text(self) -> str:
+        return json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
+
+
+def prepare(checkpoint: Checkpoint, plan: PrunePlan, max_shard: int = MAX_SHARD_BYTES) -> Surgery:
+    """Work out names, shards and config. Raises ShortstackError if the plan does not fit."""
+    if plan.n_layers != checkpoint.n_layers:
+        raise ShortstackError(
+            f"the plan is for {plan.n_layers} layers, {checkpoint.path} has "
+            f"{checkpoint.n_layers}. Plan again for this model."
+        )
+    config = cut_config(checkpoint.config, plan.n_layers, plan.keep)
+    renamed = dict(_renamed(checkpoint, plan))
+    infos = ((new, checkpoint.tensors[old]) for new, old in renamed.items())
+    layout = lay_out(((new, info.dtype, info.shape) for new, info in infos), max_shard)
+    return Surgery(config, renamed, layout)
+
+
+def apply_plan(
+    checkpoint: Checkpoint, plan: PrunePlan, out: Path, *, progress: OnProgress = silent
+) -> Checkpoint:
+    """Write the pruned model into the existing empty folder `out` and reopen it.
+
+    Weights keep their type and bytes, tokenizer files are copied byte for byte. Progress counts
+    tensors. Raises ShortstackError for a plan that does not fit, and for a full disk.
+    """
+    surgery = prepare(checkpoint, plan)
+    check_space(out, surgery.layout.n_bytes)
+    with disk_errors(out):
+        with ShardReader(checkpoint) as reader, ShardWriter(out, surgery.layout) as writer:
+            for done, name in enumerate(writer.names, 1):
+                writer.write(name, reader.chunks(surgery.old_name[name]))
+                progress(done, len(surgery.old_name))
+        (out / "config.json").write_text(surgery.config_text, encoding="utf-8")
+        (out / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")
+        for file in checkpoint.tokenizer_files:
+            shutil.copyfile(file, out / file.name)
+    pruned = Checkpoint.open(out)
+    check_loadable(pruned)
+    return pruned
+
+
+def check_loadable(checkpoint: Checkpoint) -> None:
+    """Ask transformers, on the meta device, whether it wants exactly these tensors.
+
+    A second opinion: our own table already agreed when the folder was opened.
+    """
+    try:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError:
+        raise MissingExtraError("transformers", "prune", "checking a pruned model") from None
+    config = AutoConfig.from_pretrained(
+        checkpoint.path, local_files_only=True, trust_remote_code=False
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    held = {name: info.shape for name, info in checkpoint.tensors.items()}
+    if checkpoint.tied:
+        wanted.pop(checkpoint.family.head.hf, None)
+    differing = sorted(name for name in wanted.keys() | held if wanted.get(name) != held.get(name))
+    if differing:
+        name = differing[0]
+        raise ShortstackError(
+            f"{checkpoint.path}: tensor {name} is {held.get(name, 'missing')}, transformers "
+            f"expects {wanted.get(name, 'none')} ({len(differing)} such). Report this model."
+        )
+
+
+def _renamed(checkpoint: Checkpoint, plan: PrunePlan) -> Iterator[tuple[str, str]]:
+    """Yield (new name, old name) of every tensor that stays, outer ones first."""
+    family = checkpoint.family
+    new_number = {old: new for new, old in enumerate(plan.keep)}
+    for name, rule, _, layer in expected_tensors(family, checkpoint.config):
+        if name not in checkpoint.tensors:
+            continue
+        if layer is None:
+            yield name, name
+        elif layer in new_number:
+            yield family.layer_name(new_number[layer], rule), name

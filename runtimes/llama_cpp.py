@@ -1,0 +1,180 @@
+"""llama.cpp through its C API: one sequence, one reused batch, no work per token but the call."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shortstack.errors import ShortstackError
+from shortstack.libllama import clear_log, has_amx, last_words, libllama, system_info
+
+BATCH = 512
+"""Prompt tokens a step: llama.cpp's own default for a physical batch."""
+
+CACHE_TYPES = {0: "F32", 1: "F16", 8: "Q8_0"}
+"""ggml_type numbers of a KV cache, by name."""
+
+
+class LlamaCppSession:
+    """A GGUF file open in llama.cpp, on the CPU."""
+
+    def __init__(self, path: Path, *, threads: int, context_tokens: int) -> None:
+        self._lib = libllama()
+        self._model = self._context = self._batch = None
+        self._past = 0
+        clear_log()
+        self._amx_avoided = has_amx()
+        try:
+            self._model = self._load(path)
+            self._vocab = self._lib.llama_model_get_vocab(self._model)
+            self._n_vocab = int(self._lib.llama_vocab_n_tokens(self._vocab))
+            self._context = self._new_context(path, threads, context_tokens)
+            self._batch = self._lib.llama_batch_init(BATCH, 0, 1)
+        except BaseException:
+            self.close()
+            raise
+        for slot in range(BATCH):  # what never changes: each token belongs to sequence 0
+            self._batch.n_seq_id[slot] = 1
+            self._batch.seq_id[slot][0] = 0
+        self._context_tokens = context_tokens
+        self._info = {
+            "runtime": "llama.cpp",
+            "version": version("llama-cpp-python"),
+            "threads": threads,
+            "context_tokens": int(self._lib.llama_n_ctx(self._context)),
+            "kv_cache": CACHE_TYPES[self._lib.llama_context_default_params().type_k],
+            "flash_attention": "auto",
+            "cpu": system_info(),
+            "extra_buffers": not self._amx_avoided,
+        }
+        if self._amx_avoided:
+            self._info["note"] = (
+                "this build of llama.cpp uses AMX, which crashes on batches in builds by gcc 12; "
+                "AMX and weight repacking are off (use_extra_bufts=False)"
+            )
+
+    def _load(self, path: Path) -> Any:
+        if not path.is_file():
+            raise ShortstackError(f"{path} is not a file. Name a .gguf file.")
+        params = self._lib.llama_model_default_params()
+        params.n_gpu_layers = 0
+        params.use_extra_bufts = not self._amx_avoided
+        model = self._lib.llama_model_load_from_file(str(path).encode(), params)
+        if not model:
+            raise ShortstackError(
+                f"llama.cpp cannot open {path}: {last_words()}. Export it again, or see which "
+                "llama.cpp is in force: shortstack doctor"
+            )
+        return model
+
+    def _new_context(self, path: Path, threads: int, context_tokens: int) -> Any:
+        params = self._lib.llama_context_default_params()
+        params.n_ctx = context_tokens
+        params.n_batch = params.n_ubatch = BATCH
+        params.n_outputs_max = BATCH
+        params.n_outputs_max_per_seq = BATCH
+        params.n_threads = params.n_threads_batch = threads
+        params.offload_kqv = params.op_offload = False
+        params.no_perf = True
+        context = self._lib.llama_init_from_model(self._model, params)
+        if not context:
+            raise ShortstackError(
+                f"llama.cpp cannot make a context of {context_tokens} tokens for {path}: "
+                f"{last_words()}. Ask for fewer tokens."
+            )
+        return context
+
+    @property
+    def vocab_size(self) -> int:
+        return self._n_vocab
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return dict(self._info)
+
+    def prefill(self, tokens: Sequence[int], *, all_logits: bool = False) -> NDArray[np.float32]:
+        memory = self._lib.llama_get_memory(self._context)
+        self._lib.llama_memory_clear(memory, True)
+        self._past = 0
+        out = np.empty((len(tokens), self._n_vocab), np.float32) if all_logits else None
+        for start in range(0, len(tokens), BATCH):
+            part = tokens[start : start + BATCH]
+            last = start + len(part) == len(tokens)
+            self._fill(part, all_logits, last)
+            self._step(len(part))
+            if out is not None:
+                for row in range(len(part)):
+                    out[start + row] = self._logits(row)
+        return out if out is not None else self._logits(-1).copy()
+
+    def decode(self, token: int) -> NDArray[np.float32]:
+        batch = self._batch
+        batch.token[0] = token
+        batch.pos[0] = self._past
+        batch.logits[0] = 1
+        self._step(1)
+        return self._logits(-1).copy()
+
+    def _fill(self, tokens: Sequence[int], all_logits: bool, last: bool) -> None:
+        batch = self._batch
+        for slot, token in enumerate(tokens):
+            batch.token[slot] = token
+            batch.pos[slot] = self._past + slot
+            batch.logits[slot] = all_logits
+        batch.logits[len(tokens) - 1] = all_logits or last
+
+    def _step(self, count: int) -> None:
+        if self._past + count > self._context_tokens:
+            raise ShortstackError(
+                f"the context of {self._context_tokens} tokens is full. Ask for fewer tokens."
+            )
+        self._batch.n_tokens = count
+        code = self._lib.llama_decode(self._context, self._batch)
+        if code:
+            raise ShortstackError(
+                f"llama.cpp failed with code {code} at token {self._past}: {last_words()}. "
+                "See what works here: shortstack doctor"
+            )
+        self._past += count
+
+    def _logits(self, row: int) -> NDArray[np.float32]:
+        """A view into llama.cpp's buffer, good until the next step."""
+        pointer = self._lib.llama_get_logits_ith(self._context, row)
+        if not pointer:
+            raise ShortstackError(f"llama.cpp has no logits for row {row}: {last_words()}.")
+        return np.ctypeslib.as_array(pointer, (self._n_vocab,))
+
+    def tokenize(self, text: str) -> list[int] | None:
+        raw = text.encode()
+        room = len(raw) + 16
+        while True:
+            ids = (ctypes.c_int32 * room)()
+            count = self._lib.llama_tokenize(self._vocab, raw, len(raw), ids, room, False, True)
+            if count >= 0:
+                return list(ids[:count])
+            room = -count
+
+    def close(self) -> None:
+        if self._batch is not None:
+            self._lib.llama_batch_free(self._batch)
+        if self._context:
+            self._lib.llama_free(self._context)
+        if self._model:
+            self._lib.llama_model_free(self._model)
+        self._batch = self._context = self._model = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def open_session(path: Path, *, threads: int, context_tokens: int) -> LlamaCppSession:
+    return LlamaCppSession(path, threads=threads, context_tokens=context_tokens)

@@ -1,0 +1,227 @@
+"""onnxruntime on an exported folder: KV cache bound once, nothing copied between tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shortstack.errors import MissingExtraError, ShortstackError, one_line
+
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)$")
+DEVICE = ("cpu", 0)
+
+
+class OrtSession:
+    """A folder with model.onnx open in onnxruntime, on the CPU.
+
+    Graphs of GroupQueryAttention write new keys and values into the buffer they read the old ones
+    from: it is allocated once for the whole context and bound as input and output. Other graphs
+    return a longer cache; it is passed on as it is.
+    """
+
+    def __init__(self, path: Path, *, threads: int, context_tokens: int) -> None:
+        try:
+            import onnxruntime
+        except ImportError:
+            raise MissingExtraError("onnxruntime", "onnx", "running an ONNX model") from None
+        onnxruntime.disable_telemetry_events()
+        onnxruntime.set_default_logger_severity(4)  # what it has to say comes as an exception
+        self._ort = onnxruntime
+        self._folder = path
+        self._context_tokens = context_tokens
+        self._session = _open(onnxruntime, path, threads)
+        inputs = {i.name: i for i in self._session.get_inputs()}
+        self._inputs = inputs
+        self._past_names = sorted((n for n in inputs if PAST.search(n)), key=_layer_and_kind)
+        self._vocab = int(self._session.get_outputs()[0].shape[-1])
+        self._check(path)
+        self._dtype = DTYPES[inputs[self._past_names[0]].type]
+        self._logits_dtype = DTYPES[self._session.get_outputs()[0].type]
+        self._shared = _shares_buffer(path)
+        self._past = 0
+        self._ones = np.ones((1, context_tokens), np.int64)
+        self._token = np.zeros((1, 1), np.int64)
+        self._position = np.zeros((1, 1), np.int64)
+        self._row = np.zeros((1, 1, self._vocab), self._logits_dtype)
+        self._cache = self._new_cache(context_tokens if self._shared else 0)
+        self._step = self._bind(self._token, self._position, self._row)
+        self._info = {
+            "runtime": "onnxruntime",
+            "version": onnxruntime.__version__,
+            "threads": threads,
+            "context_tokens": context_tokens,
+            "kv_cache": np.dtype(self._dtype).name,
+            "kv_cache_shared": self._shared,
+            "providers": self._session.get_providers(),
+        }
+
+    def _check(self, path: Path) -> None:
+        outputs = {o.name for o in self._session.get_outputs()}
+        lacking = {"input_ids", "attention_mask"} - set(self._inputs)
+        if lacking or not self._past_names or "logits" not in outputs:
+            raise ShortstackError(
+                f"{path / 'model.onnx'} is no decoder with a KV cache: it has the inputs "
+                f"{one_line(', '.join(self._inputs), 120)}. Export it with shortstack."
+            )
+
+    def _new_cache(self, length: int) -> list[Any]:
+        shapes = [self._inputs[name].shape for name in self._past_names]
+        return [
+            self._value(np.zeros((1, heads, length, dim), self._dtype))
+            for _, heads, _, dim in shapes
+        ]
+
+    def _value(self, array: NDArray[Any]) -> Any:
+        """An OrtValue on the same memory as `array`."""
+        return self._ort.OrtValue.ortvalue_from_numpy(array)
+
+    def _bind(
+        self,
+        tokens: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        logits: NDArray[Any] | None,
+    ) -> Any:
+        """Bind all but the mask, whose length changes with every token."""
+        binding = self._session.io_binding()
+        binding.bind_ortvalue_input("input_ids", self._value(tokens))
+        if "position_ids" in self._inputs:
+            binding.bind_ortvalue_input("position_ids", self._value(positions))
+        if logits is None:
+            binding.bind_output("logits", *DEVICE)
+        else:
+            binding.bind_ortvalue_output("logits", self._value(logits))
+        self._bind_cache(binding)
+        return binding
+
+    def _bind_cache(self, binding: Any) -> None:
+        for name, value in zip(self._past_names, self._cache, strict=True):
+            binding.bind_ortvalue_input(name, value)
+            if self._shared:
+                binding.bind_ortvalue_output(_present(name), value)
+            else:
+                binding.bind_output(_present(name), *DEVICE)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return dict(self._info)
+
+    def prefill(self, tokens: Sequence[int], *, all_logits: bool = False) -> NDArray[np.float32]:
+        if not self._shared:
+            self._cache = self._new_cache(0)
+        self._past = 0
+        ids = np.array([tokens], np.int64)
+        binding = self._bind(ids, np.arange(len(tokens), dtype=np.int64)[None], None)
+        self._run(binding, len(tokens))
+        logits = binding.get_outputs()[0].numpy()[0]
+        return np.array(logits if all_logits else logits[-1], np.float32)
+
+    def decode(self, token: int) -> NDArray[np.float32]:
+        self._token[0, 0] = token
+        self._position[0, 0] = self._past
+        if not self._shared:
+            self._bind_cache(self._step)
+        self._run(self._step, 1)
+        return self._row[0, 0].astype(np.float32)
+
+    def _run(self, binding: Any, count: int) -> None:
+        total = self._past + count
+        if total > self._context_tokens:
+            raise ShortstackError(
+                f"the context of {self._context_tokens} tokens is full. Ask for fewer tokens."
+            )
+        binding.bind_ortvalue_input("attention_mask", self._value(self._ones[:, :total]))
+        self._session.run_with_iobinding(binding)
+        self._past = total
+        if not self._shared:
+            names = [o.name for o in self._session.get_outputs()]
+            outputs = dict(zip(names, binding.get_outputs(), strict=True))
+            self._cache = [outputs[_present(name)] for name in self._past_names]
+
+    def tokenize(self, text: str) -> list[int] | None:
+        file = self._folder / "tokenizer.json"
+        if not file.is_file():
+            return None
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            return None
+        ids: list[int] = Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids
+        return ids
+
+    def close(self) -> None:
+        self._step = None
+        self._cache = []
+        self._session = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _open(onnxruntime: Any, path: Path, threads: int) -> Any:
+    file = path / "model.onnx"
+    if not file.is_file():
+        raise ShortstackError(f"{path} holds no model.onnx. Name the folder of an ONNX export.")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        return onnxruntime.InferenceSession(
+            str(file), options, providers=["CPUExecutionProvider"]
+        )
+    except _errors(onnxruntime) as error:
+        raise ShortstackError(
+            f"onnxruntime cannot open {file}: {one_line(str(error), 300)}. Export it again."
+        ) from None
+
+
+def _errors(onnxruntime: Any) -> tuple[type[Exception], ...]:
+    """What loading a file can raise; onnxruntime gives its errors no common class but this one."""
+    state = onnxruntime.capi.onnxruntime_pybind11_state
+    names = (
+        "Fail",
+        "InvalidArgument",
+        "InvalidGraph",
+        "InvalidProtobuf",
+        "NoSuchFile",
+        "NotImplemented",
+        "RuntimeException",
+    )
+    return tuple(getattr(state, name) for name in names)
+
+
+def _shares_buffer(path: Path) -> bool:
+    """Whether the graph updates its cache in place; genai_config.json says so."""
+    file = path / "genai_config.json"
+    if not file.is_file():
+        return False
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return bool(config.get("search", {}).get("past_present_share_buffer"))
+
+
+def _present(past_name: str) -> str:
+    return past_name.replace("past_key_values", "present")
+
+
+def _layer_and_kind(name: str) -> tuple[int, str]:
+    found = PAST.search(name)
+    assert found is not None
+    return int(found[1]), found[2]
+
+
+def open_session(path: Path, *, threads: int, context_tokens: int) -> OrtSession:
+    return OrtSession(path, threads=threads, context_tokens=context_tokens)

@@ -1,0 +1,265 @@
+"""The command line: one command a stage, `run` for all. The only place that prints and that
+turns errors into exit codes: 0 done, 1 an artifact failed its verification, 2 the user can mend it.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, ParamSpec
+
+import typer
+
+from shortstack import __version__
+from shortstack.errors import ShortstackError, one_line
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+P = ParamSpec("P")
+
+app = typer.Typer(
+    help="Make a language model shallower, export it, prove the export, measure it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A Hugging Face folder, a .gguf file, pkg:PACKAGE/PATH, or hf:OWNER/NAME (downloads)."
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result goes; must be ours.")]
+Text = Annotated[
+    str, typer.Option(help="Your text: .txt, .jsonl with a field 'text', or spdx (licences).")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No bars, no table.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON line.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, write nothing.")]
+Drop = Annotated[
+    str, typer.Option(help="How many layers a method shall choose, or which: 11-15,20.")
+]
+Method = Annotated[str, typer.Option(help="explicit, influence or perplexity.")]
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"shortstack: {one_line(message)}", err=True)
+    raise typer.Exit(code)
+
+
+def user_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn what a user can mend into one line and an exit code; let bugs keep their traceback."""
+
+    @functools.wraps(command)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        previous = signal.signal(signal.SIGTERM, _terminated)
+        try:
+            command(*args, **kwargs)
+        except ShortstackError as error:
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail("interrupted. Finished steps are kept; the same command goes on from there.", 2)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            where = f" at {error.filename}" if error.filename else ""
+            _fail(f"the disk is full{where}. Free some space or choose another -o.", 2)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    return guarded
+
+
+def _terminated(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _answer(data: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    if as_json:
+        typer.echo(json.dumps(data, ensure_ascii=False))
+    else:
+        show()
+
+
+@app.command()
+@user_errors
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe such as demo.")],
+    out: Out,
+    dry_run: DryRun = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Do everything a recipe says: plan, cut, export, verify, measure, report."""
+    from shortstack import pipeline, terminal
+    from shortstack.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    if dry_run:
+        forecast = pipeline.forecast(loaded, out)
+        _answer(forecast, as_json, lambda: terminal.print_forecast(forecast))
+        return
+    result = pipeline.run(loaded, out, terminal.display(quiet or as_json))
+    _answer(result, as_json, lambda: terminal.print_run(result, quiet))
+
+
+@app.command()
+@user_errors
+def plan(
+    model: Model,
+    drop: Drop,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The plan file to write.")],
+    method: Method = "perplexity",
+    text: Text = "spdx",
+    windows: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 8,
+    window_tokens: Annotated[int, typer.Option(min=8, help="Tokens a window.")] = 256,
+    dry_run: DryRun = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose the layers to drop; write the choice and its scores as JSON."""
+    from shortstack import commands, terminal
+    from shortstack.recipe import PruneRecipe
+
+    choice = PruneRecipe(method=method, drop=drop, windows=windows, window_tokens=window_tokens)
+    result = commands.plan(
+        model, choice, text, out, dry_run=dry_run, display=terminal.display(quiet or as_json)
+    )
+    _answer(result, as_json, lambda: terminal.print_plan(result, quiet))
+
+
+@app.command()
+@user_errors
+def prune(
+    model: Model,
+    out: Out,
+    drop: Annotated[str | None, typer.Option(help="Layers to drop: 11-15,20.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan file, from shortstack plan.")] = None,
+    dry_run: DryRun = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Cut layers out of a model; the result is a plain Hugging Face folder."""
+    from shortstack import commands, terminal
+
+    result = commands.prune(
+        model, drop, plan, out, dry_run=dry_run, display=terminal.display(quiet or as_json)
+    )
+    _answer(result, as_json, lambda: terminal.print_facts(result, quiet))
+
+
+@app.command()
+@user_errors
+def export(
+    model: Model,
+    to: Annotated[str, typer.Option(help="FORMAT:PRECISION, e.g. gguf:Q8_0 or onnx:int4.")],
+    out: Out,
+    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, e.g. head=Q6_K.")] = None,
+    text: Text = "spdx",
+    max_perplexity_ratio: Annotated[float, typer.Option(help="Gate of a quantized file.")] = 1.25,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    dry_run: DryRun = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Export a model and prove the artifact against PyTorch in its own runtime."""
+    from shortstack import commands, terminal
+    from shortstack.recipe import ExportRecipe
+
+    options = dict(commands.split_option(item) for item in option or ())
+    wanted = ExportRecipe(to=to, options=options, max_perplexity_ratio=max_perplexity_ratio)
+    result = commands.export(
+        model,
+        wanted,
+        text,
+        out,
+        threads=threads,
+        dry_run=dry_run,
+        display=terminal.display(quiet or as_json),
+    )
+    _answer(result, as_json, lambda: terminal.print_facts(result, quiet))
+
+
+@app.command()
+@user_errors
+def bench(
+    artifacts: Annotated[list[Path], typer.Argument(help="Artifact folders, from export or run.")],
+    out: Out,
+    text: Text = "spdx",
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    decode_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    repeats: Annotated[int, typer.Option(min=2)] = 5,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure artifacts in fresh processes, in turn; keep every sample."""
+    from shortstack import commands, terminal
+    from shortstack.recipe import BenchRecipe
+
+    workload = BenchRecipe(
+        prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, repeats=repeats, threads=threads
+    )
+    result = commands.bench(artifacts, workload, text, out, terminal.display(quiet or as_json))
+    _answer(result, as_json, lambda: terminal.print_bench(result, quiet))
+
+
+@app.command()
+@user_errors
+def report(
+    run_folder: Annotated[Path, typer.Argument(help="The output folder of shortstack run.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: the run folder.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the report of a run again: HTML, Markdown and JSON."""
+    from shortstack import commands, terminal
+
+    result = commands.report(run_folder, out or run_folder)
+    _answer(result, as_json, lambda: terminal.print_facts(result, quiet=False))
+
+
+@app.command()
+@user_errors
+def doctor(as_json: JsonOption = False) -> None:
+    """Try every runtime in a process of its own; say what is missing and what to do."""
+    from shortstack import terminal
+    from shortstack.doctor import examine, healthy
+
+    findings = examine()
+    data = {"findings": [finding.to_dict() for finding in findings], "healthy": healthy(findings)}
+    _answer(data, as_json, lambda: terminal.print_findings(findings))
+    if not data["healthy"]:
+        raise typer.Exit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"shortstack {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        app(args=args, prog_name="shortstack")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

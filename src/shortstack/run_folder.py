@@ -1,0 +1,78 @@
+"""The output folder of a run: claimed once, filled step by step, each step skipped when done."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shortstack import __version__
+from shortstack.manifest import (
+    MANIFEST,
+    SCHEMA,
+    check_ours,
+    finished,
+    staged,
+    step_key,
+    write_manifest,
+    write_text,
+)
+from shortstack.progress import Display, OnProgress, Quiet
+
+Make = Callable[[Path, OnProgress], Mapping[str, Any]]
+"""Fills a staging folder; returns the facts that its manifest shall carry."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A claimed output folder and where its steps are shown."""
+
+    path: Path
+    display: Display
+
+    @classmethod
+    @contextlib.contextmanager
+    def claim(cls, path: Path, facts: Mapping[str, Any], display: Display) -> Iterator[RunFolder]:
+        """Take `path` for a run. A run that fails before its first finished step leaves nothing.
+
+        Raises ShortstackError if the folder holds something that is not ours.
+        """
+        check_ours(path)
+        fresh = not (path / MANIFEST).is_file()
+        made = not path.exists()
+        path.mkdir(parents=True, exist_ok=True)
+        head = {"tool": "shortstack", "version": __version__, "schema": SCHEMA, "step": "run"}
+        write_text(path / MANIFEST, json.dumps({**head, **facts}, indent=2) + "\n")
+        try:
+            yield cls(path, display)
+        except BaseException:
+            if fresh and not any(p for p in path.iterdir() if p.name != MANIFEST):
+                (path / MANIFEST).unlink()
+                if made:
+                    shutil.rmtree(path)
+            raise
+
+    def build(
+        self, name: str, title: str, inputs: Mapping[str, Any], make: Make
+    ) -> tuple[Path, dict[str, Any]]:
+        """Make the folder `name`, unless it holds what the same inputs gave before.
+
+        Returns the folder and its manifest.
+        """
+        folder = self.path / name
+        key = step_key(name, inputs)
+        kept = finished(folder, key)
+        if kept is not None:
+            self.display.note(f"{title}: unchanged, kept")
+            return folder, kept
+        start = time.perf_counter()
+        with self.display.step(title) as progress, staged(folder) as partial:
+            facts = make(partial, progress)
+            wall_s = time.perf_counter() - start
+            manifest = write_manifest(partial, name, key, {**facts, "wall_s": round(wall_s, 3)})
+        return folder, manifest

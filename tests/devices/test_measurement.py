@@ -1,0 +1,99 @@
+"""The record survives JSON whole, refuses what it cannot read, and warns of what it saw."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from shortstack.devices.harness import measure
+from shortstack.devices.measurement import Failure, Measurement, Trial
+from shortstack.devices.workload import Prompt, Workload
+from shortstack.errors import ShortstackError
+
+from .conftest import MakeCase
+
+
+def a_trial(step_s: float = 0.02, round_: int = 0, foreign: float | None = 0.0) -> Trial:
+    return Trial(
+        round=round_,
+        position=round_,
+        started_s=float(round_),
+        load_s=0.1,
+        prefill_s=0.2,
+        ttft_s=0.21,
+        decode_step_s=(step_s,) * 4,
+        output_sha256="c" * 64,
+        conditions={"foreign_cpu_share": foreign},
+    )
+
+
+@pytest.fixture
+def measured(make_case: MakeCase, workload: Workload, prompt: Prompt) -> Measurement:
+    case = make_case("instant")
+    return Measurement(
+        label=case.label,
+        runtime=case.runtime,
+        artifact=case.artifact,
+        workload=workload,
+        prompt_sha256=prompt.sha256,
+        prompt_source=prompt.source,
+        host={"cpu": {"model": "one"}},
+        protocol={"seed": 0},
+        trials=(a_trial(), a_trial(0.0201, 1)),
+    )
+
+
+def through_json(measurement: Measurement) -> Measurement:
+    data: dict[str, Any] = json.loads(json.dumps(measurement.to_dict()))
+    return Measurement.from_dict(data, measurement.artifact.path.parent)
+
+
+def test_a_real_measurement_survives_json(
+    opener: str, make_case: MakeCase, workload: Workload, prompt: Prompt
+) -> None:
+    workload = dataclasses.replace(workload, memory_repeats=1)
+    cases = [make_case("instant"), make_case("crasher", "pruned")]
+    for measurement in measure(cases, workload, prompt, opener=opener):
+        assert through_json(measurement) == measurement
+
+
+def test_rates_come_from_each_trial_not_from_means(measured: Measurement) -> None:
+    assert measured.decode_tokens_per_s == pytest.approx((50, 1 / 0.0201))
+    assert measured.prefill_tokens_per_s == pytest.approx((20, 20))
+    assert measured.flags == ()
+
+
+def test_a_newer_schema_is_refused(measured: Measurement) -> None:
+    with pytest.raises(ShortstackError, match="schema 2"):
+        Measurement.from_dict({**measured.to_dict(), "schema": 2})
+
+
+@pytest.mark.parametrize("missing", ["trials", "artifact", "workload", "label"])
+def test_a_damaged_record_is_refused_in_one_line(measured: Measurement, missing: str) -> None:
+    data = measured.to_dict()
+    del data[missing]
+    with pytest.raises(ShortstackError, match="damaged") as caught:
+        Measurement.from_dict(data)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_field_is_refused(measured: Measurement) -> None:
+    with pytest.raises(ShortstackError, match="damaged"):
+        Measurement.from_dict({**measured.to_dict(), "colour": "red"})
+
+
+def test_flags_say_what_a_reader_must_know(measured: Measurement) -> None:
+    noisy = dataclasses.replace(measured, trials=(a_trial(), a_trial(0.03, 1)))
+    assert any("noisy" in flag for flag in noisy.flags)
+    busy = dataclasses.replace(measured, trials=(a_trial(), a_trial(0.02, 1, foreign=0.4)))
+    assert any("40 %" in flag for flag in busy.flags)
+    other = dataclasses.replace(a_trial(0.02, 1), output_sha256="d" * 64)
+    unsteady = dataclasses.replace(measured, trials=(a_trial(), other))
+    assert any("unsteady" in flag for flag in unsteady.flags)
+    broken = dataclasses.replace(
+        measured, trials=(a_trial(),), failure=Failure("timeout", "hung", "run")
+    )
+    assert any("only 1 of 2" in flag for flag in broken.flags)
