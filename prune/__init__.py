@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from shortstack.checkpoint import Checkpoint
-from shortstack.errors import ShortstackError, unknown
+from shortstack.errors import ShortstackError, require, unknown
 from shortstack.progress import OnProgress, silent
 from shortstack.prune.apply import apply_plan
 from shortstack.prune.plan import PrunePlan, parse_drop
@@ -59,6 +59,8 @@ def planner(name: str) -> Planner:
     """The planner of a method; it refuses options that the method does not know."""
     if name not in METHODS:
         raise unknown("prune method", name, METHODS)
+    if METHODS[name].needs_text:
+        require(("torch", "transformers"), "prune", f"the method {name!r}")
     module, _, function = METHODS[name].target.partition(":")
     make = getattr(importlib.import_module(module), function)
     known = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -20,6 +21,15 @@ SOURCES = {
 """Kind of source -> module that offers what `Source` says."""
 
 
+@dataclass(frozen=True)
+class Preview:
+    """A checkpoint that can be asked for names, types and shapes, but may not lie on disk yet."""
+
+    checkpoint: Checkpoint
+    materialised_bytes: int = 0
+    """What opening it will write."""
+
+
 class Source(Protocol):
     """What a module named in SOURCES offers."""
 
@@ -31,6 +41,10 @@ class Source(Protocol):
         self, target: str, identity: dict[str, Any], work: Path, progress: OnProgress
     ) -> Checkpoint:
         """Open the model, materialised in `work` if it is not a folder already."""
+        ...
+
+    def preview(self, target: str) -> Preview | None:
+        """The checkpoint as headers, without writing; None where that takes a download."""
         ...
 
 
@@ -54,6 +68,12 @@ def describe_model(reference: str) -> dict[str, Any]:
     return {"kind": kind, **_source(kind).identify(target)}
 
 
+def preview_model(reference: str) -> Preview | None:
+    """What `open_model` would give, from headers alone; None for a hub model."""
+    kind, target = resolve(reference)
+    return _source(kind).preview(target)
+
+
 def resolve(reference: str) -> tuple[str, str]:
     """Split a reference into a kind of SOURCES and what that source opens."""
     scheme, colon, rest = reference.partition(":")
@@ -69,7 +89,7 @@ def resolve(reference: str) -> tuple[str, str]:
             f"{path} is neither a .gguf file nor a model folder. "
             "Name the folder that holds config.json, or a .gguf file."
         )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", reference):
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", reference):
         raise ShortstackError(
             f"there is no folder {reference!r} here. To download it from the Hugging Face hub "
             f"say: hf:{reference}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from shortstack.checkpoint import Checkpoint
+from shortstack.intake import Preview
 from shortstack.progress import OnProgress
 
 
@@ -17,3 +18,7 @@ def open_source(
     target: str, identity: dict[str, Any], work: Path, progress: OnProgress
 ) -> Checkpoint:
     return Checkpoint.open(Path(target))
+
+
+def preview(target: str) -> Preview | None:
+    return Preview(Checkpoint.open(Path(target)))

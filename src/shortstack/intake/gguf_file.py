@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import MissingExtraError, ShortstackError, one_line
 from shortstack.families import FAMILIES, Family, TensorRule, dims, expected_tensors
+from shortstack.intake import Preview
 from shortstack.intake.gguf_config import ROPE_FACTORS, rebuild_config
 from shortstack.intake.gguf_tokenizer import write_tokenizer
 from shortstack.manifest import finished, staged, step_key, write_manifest
 from shortstack.progress import OnProgress, silent
-from shortstack.shards import ShardWriter, check_space, disk_errors, lay_out
+from shortstack.shards import Layout, ShardWriter, check_space, disk_errors, lay_out
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,6 +51,13 @@ def open_source(
     return Checkpoint.open(work)
 
 
+def preview(target: str) -> Preview | None:
+    model = GgufModel.open(Path(target))
+    layout = model.layout()
+    tensors = {name: info for _, shard in layout.shards for name, info in shard.items()}
+    return Preview(Checkpoint(Path(target).parent, model.config, tensors), layout.n_bytes)
+
+
 class GgufModel:
     """A checked GGUF file: nothing in it is unknown, nothing missing."""
 
@@ -72,9 +80,13 @@ class GgufModel:
         """Tensor name -> shape, row-major (GGUF writes the fastest dimension first)."""
         return {n: tuple(int(d) for d in reversed(t.shape)) for n, t in self._tensors.items()}
 
+    def layout(self) -> Layout:
+        """The folder's shards: every tensor as fp32."""
+        return lay_out((name, "F32", shape) for name, _, _, shape in self._plan)
+
     def write(self, out: Path, progress: OnProgress = silent) -> None:
         """Write weights, config.json and the tokenizer's files into the folder `out`."""
-        layout = lay_out((name, "F32", shape) for name, _, _, shape in self._plan)
+        layout = self.layout()
         check_space(out, layout.n_bytes)
         source = {name: (tensor, rule) for name, tensor, rule, _ in self._plan}
         sizes = dims(self.config)

@@ -171,17 +171,17 @@ def _sentencepiece(vocabulary: Vocabulary) -> tuple[Tokenizer, bool]:
 
     ids = {token: index for index, token in enumerate(vocabulary.tokens)}
     missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in ids]
-    scores = vocabulary.keys.get("scores")
-    if missing or not scores or vocabulary.keys.get("precompiled_charsmap"):
+    scores = vocabulary.keys.get("scores") or []
+    if missing or len(scores) != len(ids) or vocabulary.keys.get("precompiled_charsmap"):
         raise ShortstackError(
-            f"{vocabulary.file}: its SentencePiece vocabulary has no byte tokens, no scores, or "
+            f"{vocabulary.file}: its SentencePiece vocabulary lacks byte tokens or scores, or "
             "normalizes text. Start from the original folder."
         )
     unknown = vocabulary.special("unknown")
     tokenizer = Tokenizer(
         models.BPE(
             ids,
-            merges_by_score(vocabulary.tokens, scores, vocabulary.types),
+            merges_by_score(vocabulary.file, vocabulary.tokens, scores, vocabulary.types),
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=True,
@@ -205,23 +205,27 @@ MODELS: dict[str, Callable[[Vocabulary], tuple[Tokenizer, bool]]] = {
 
 
 def merges_by_score(
-    tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]
+    file: Path, tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]
 ) -> list[tuple[str, str]]:
     """Turn piece scores into ranked merges: every split of a piece, best piece first.
 
-    Equal scores keep the order of the vocabulary.
+    Raises ShortstackError for equal scores: llama.cpp then takes the leftmost pair of the text,
+    which a ranking cannot say.
     """
-    ids = {token: index for index, token in enumerate(tokens)}
-    ranked = sorted(
-        (index for index, kind in enumerate(types) if kind == TokenType.NORMAL),
-        key=lambda index: -scores[index],
-    )
-    return [
-        (token[:cut], token[cut:])
-        for token in (tokens[index] for index in ranked)
-        for cut in range(1, len(token))
-        if token[:cut] in ids and token[cut:] in ids
-    ]
+    known = set(tokens)
+    splits: dict[float, list[tuple[str, str]]] = {}
+    for token, score, kind in zip(tokens, scores, types, strict=True):
+        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        found = [pair for pair in pairs if pair[0] in known and pair[1] in known]
+        if kind != TokenType.NORMAL or not found:
+            continue
+        if score in splits:
+            raise ShortstackError(
+                f"{file}: pieces {''.join(splits[score][0])!r} and {token!r} have one score, so "
+                "the tokenizer cannot be rebuilt exactly. Start from the original folder."
+            )
+        splits[score] = found
+    return [pair for score in sorted(splits, reverse=True) for pair in splits[score]]
 
 
 def _added(vocabulary: Vocabulary, *, special: bool) -> list[AddedToken]:

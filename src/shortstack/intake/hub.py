@@ -11,6 +11,7 @@ from typing import Any
 
 from shortstack.checkpoint import TOKENIZER_FILES, Checkpoint
 from shortstack.errors import MissingExtraError, ShortstackError, one_line
+from shortstack.intake import Preview
 from shortstack.manifest import finished, staged, step_key, write_manifest
 from shortstack.progress import OnProgress
 from shortstack.shards import INDEX, check_space, disk_errors
@@ -22,7 +23,7 @@ UNWANTED = ("consolidated*", "*/*")
 
 def identify(target: str) -> dict[str, Any]:
     """Owner, name and revision as asked for; `main` if none is."""
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", target)
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", target)
     if match is None:
         raise ShortstackError(
             f"'hf:{target}' is not a hub reference. Write hf:OWNER/NAME or hf:OWNER/NAME@REVISION."
@@ -41,6 +42,11 @@ def open_source(
             Checkpoint.open(out)
             write_manifest(out, "intake", key, {"source": {**identity, "commit": commit}})
     return Checkpoint.open(work)
+
+
+def preview(target: str) -> Preview | None:
+    identify(target)
+    return None
 
 
 def wanted_files(sizes: Mapping[str, int]) -> dict[str, int]:

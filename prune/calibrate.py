@@ -1,0 +1,152 @@
+"""A checkpoint opened for scoring: run layer by layer, so that a layer can be left out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from shortstack.checkpoint import Checkpoint
+from shortstack.errors import MissingExtraError, ShortstackError, unknown
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+BATCH_TOKENS = 2048
+DTYPES = ("auto", "bfloat16", "float32")
+
+
+class LayerwiseModel:
+    """A transformers model whose layers are called one at a time, on equal-shaped batches.
+
+    The model itself makes masks and rotations: they are recorded once for each batch shape and
+    given to every call of a layer. `evaluations` counts those calls.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str = "auto") -> None:
+        self.dtype = choose_dtype(dtype)
+        self._model = _load(checkpoint, self.dtype)
+        self._layers = list(self._model.base_model.layers)
+        self._arguments: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+        self.evaluations = 0
+
+    @property
+    def n_layers(self) -> int:
+        return len(self._layers)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Hidden states before layer 0, shape (windows, length, width)."""
+        hidden, arguments = self._record(tokens)
+        self._arguments[tuple(hidden.shape)] = arguments
+        return hidden
+
+    def layer(self, index: int, hidden: Tensor) -> Tensor:
+        """Hidden states after layer `index`."""
+        self.evaluations += 1
+        arguments = self._arguments[tuple(hidden.shape)][index]
+        result: Tensor = _first(self._layers[index](hidden, **arguments))
+        return result
+
+    def nats(self, hidden: Tensor, tokens: Tensor) -> float:
+        """Negative log likelihood of every token but the first of each window, summed.
+
+        `hidden` is what the last layer gave.
+        """
+        from shortstack.prune.scoring import negative_log_likelihood
+
+        head = self._model.get_output_embeddings()
+        final = self._model.base_model.norm(hidden[:, :-1]).flatten(0, 1)
+        return negative_log_likelihood(final, head.weight, tokens[:, 1:].flatten(), head.bias)
+
+    def _record(self, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Run the model with layers that do nothing but note what they were called with."""
+        first: list[Tensor] = []
+        arguments: list[dict[str, Any]] = []
+
+        def note(hidden: Tensor, **named: Any) -> Tensor:
+            first.append(hidden)
+            arguments.append(named)
+            return hidden
+
+        with contextlib.ExitStack() as stack:
+            for layer in self._layers:
+                stack.enter_context(_replaced_forward(layer, note))
+            self._model.base_model(input_ids=tokens, use_cache=False)
+        return first[0], arguments
+
+
+def batches(windows: list[list[int]]) -> list[Tensor]:
+    """Stack windows of one length into batches of at most BATCH_TOKENS tokens."""
+    import torch
+
+    lengths = sorted({len(window) for window in windows})
+    if len(lengths) != 1 or lengths[0] < 2:
+        raise ShortstackError(
+            f"token windows must have one length of at least 2, got {lengths}. "
+            "Cut the text into equal windows."
+        )
+    size = max(1, BATCH_TOKENS // lengths[0])
+    return list(torch.tensor(windows).split(size))
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """`auto` is bfloat16 where the CPU multiplies it in hardware (2 to 5 times faster), else
+    float32: emulated bfloat16 is slower than float32.
+
+    On SmolLM2-135M both chose the same 8 layers (rank correlation 0.9995 for leave-one-out, 1.0
+    for influence, 510 tokens).
+    """
+    import torch
+
+    if name not in DTYPES:
+        raise unknown("dtype", name, DTYPES)
+    if name == "auto":
+        name = "bfloat16" if _fast_bfloat16() else "float32"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _fast_bfloat16() -> bool:
+    import torch
+
+    return any(
+        getattr(torch.cpu, probe, lambda: False)()
+        for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+
+
+def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+    except ImportError:
+        raise MissingExtraError("transformers", "prune", "scoring layers") from None
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=dtype,
+        )
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _replaced_forward(layer: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
+    layer.forward = forward  # shadows the method of the class for this one layer
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+def _first(output: Any) -> Any:
+    """Some families' layers return a tuple that begins with the hidden states."""
+    return output[0] if isinstance(output, tuple) else output

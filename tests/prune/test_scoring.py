@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from shortstack.prune import scoring
+
+
+def test_influence_of_a_layer_that_only_stretches_is_zero() -> None:
+    inputs = torch.randn(2, 5, 8)
+    assert scoring.block_influence(inputs, 3 * inputs).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_influence_of_a_reversing_layer_is_two_a_token() -> None:
+    inputs = torch.randn(2, 5, 8)
+    assert scoring.block_influence(inputs, -inputs).item() == pytest.approx(20)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("positions", "vocabulary"), [(1, 3), (300, 5000), (256, 4096)])
+def test_chunked_likelihood_is_cross_entropy(positions: int, vocabulary: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    hidden, head = torch.randn(positions, 16), torch.randn(vocabulary, 16)
+    offset = torch.randn(vocabulary) if bias else None
+    targets = torch.randint(0, vocabulary, (positions,))
+    logits = functional.linear(hidden, head, offset)
+    expected = functional.cross_entropy(logits, targets, reduction="sum").item()
+    found = scoring.negative_log_likelihood(hidden, head, targets, offset)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_lowest_skips_what_has_no_score_and_breaks_ties_to_the_left() -> None:
+    assert scoring.lowest([None, 0.5, 0.1, 0.5, 0.9], 2) == (1, 2)
+
+
+def test_perplexity_of_a_hopeless_model_is_infinite() -> None:
+    assert scoring.perplexity(math.log(7)) == pytest.approx(7)
+    assert scoring.perplexity(1000) == math.inf
