@@ -15,8 +15,8 @@ from typing import Any
 STATUS = Path("/proc/self/status")
 INTERVAL_S = 0.005
 LINUX_METHOD = (
-    "peak_total_bytes: kernel (VmHWM); anonymous and file-backed: RssAnon and RssFile of "
-    f"/proc/self/status, sampled every {1000 * INTERVAL_S:g} ms by a thread"
+    "total: the kernel's own peak (VmHWM), or a larger sample; anonymous and file-backed: RssAnon "
+    f"and RssFile of /proc/self/status, sampled every {1000 * INTERVAL_S:g} ms by a thread"
 )
 OTHER_METHOD = f"psutil rss, sampled every {1000 * INTERVAL_S:g} ms by a thread"
 NO_SPLIT = "this system does not tell anonymous from file-backed resident memory"
@@ -78,7 +78,7 @@ class Sampler:
             "method": LINUX_METHOD if split else OTHER_METHOD,
             "why_no_split": None if split else NO_SPLIT,
             "n_samples": self._samples,
-            "peak_total_bytes": kernel_peak_bytes() or self._high.total_bytes,
+            "peak_total_bytes": max(kernel_peak_bytes() or 0, self._high.total_bytes),
             "peak_anon_bytes": self._high.anon_bytes,
             "peak_file_bytes": self._high.file_bytes,
             "at_peak": self._top.to_dict(),

@@ -112,6 +112,9 @@ def _generate(session: Session, tokens: Sequence[int], steps: int) -> dict[str, 
 class _CpuClock:
     """How much of the machine's CPU time went to others while we ran."""
 
+    LEAST_S = 0.5
+    """Systems count CPU time in steps of 10 ms: a shorter window says nothing."""
+
     def __init__(self) -> None:
         import psutil
 
@@ -123,12 +126,15 @@ class _CpuClock:
         self._wall = time.perf_counter()
         self._all, self._own = self._read()
 
-    def foreign_share(self) -> float:
+    def foreign_share(self) -> float | None:
         """Busy time of all cores that was not ours, over the time of all cores."""
         busy, own = self._read()
-        cores = self._psutil.cpu_count() or 1
-        wall = (time.perf_counter() - self._wall) * cores
-        return round(max(0.0, (busy - self._all) - (own - self._own)) / wall, 4)
+        wall = time.perf_counter() - self._wall
+        if wall < self.LEAST_S:
+            return None
+        foreign = (busy - self._all) - (own - self._own)
+        share = foreign / (wall * (self._psutil.cpu_count() or 1))
+        return round(min(1.0, max(0.0, share)), 4)
 
     def _read(self) -> tuple[float, float]:
         times = self._psutil.cpu_times()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from shortstack.artifact import Artifact, ExportSpec
 from shortstack.devices.harness import Case, measure, schedule
 from shortstack.devices.workload import Prompt, Workload
+from shortstack.doctor_probes import write_tiny_gguf
 from shortstack.errors import ShortstackError
 
 from .conftest import MakeCase
@@ -171,3 +174,25 @@ def test_the_order_follows_the_seed(make_case: MakeCase, workload: Workload) -> 
     workload = dataclasses.replace(workload, repeats=6)
     assert schedule(cases, workload, 1) == schedule(cases, workload, 1)
     assert len({tuple(schedule(cases, workload, seed)) for seed in range(5)}) > 1
+
+
+def test_a_real_runtime_goes_through_the_same_harness(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    path = write_tiny_gguf(tmp_path / "tiny.gguf")
+    artifact = Artifact(
+        path=path,
+        spec=ExportSpec.parse("gguf:Q8_0"),
+        n_layers=2,
+        n_params=1,
+        size_bytes=path.stat().st_size,
+        weight_bytes_per_token=1,
+        sha256="a" * 64,
+        source_sha256="b" * 64,
+    )
+    work = Workload(prompt_tokens=32, decode_tokens=4, repeats=2, memory_repeats=1, threads=1)
+    prompt = Prompt(tuple(range(32)), "numbers")
+    (measured,) = measure([Case("original", artifact, "llama.cpp")], work, prompt)
+    assert measured.failure is None
+    assert measured.runtime_info["threads"] == 1
+    assert len({trial.output_sha256 for trial in measured.trials}) == 1
+    assert measured.memory[0].peak_total_bytes > path.stat().st_size
