@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is wrong
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is wrong
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# On busy cores OpenMP's spinning threads make tiny models several times slower than one thread.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

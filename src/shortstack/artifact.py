@@ -58,16 +58,18 @@ class Artifact:
     def format(self) -> str:
         return self.spec.format
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, folder: Path | None = None) -> dict[str, Any]:
+        """Plain data; `path` is stored relative to `folder` (default: the one it lies in), so
+        that folders can be moved and a staged artifact is found where it is moved to."""
         data = dataclasses.asdict(self)
-        data["path"] = self.path.name
+        data["path"] = self.path.relative_to(folder or self.path.parent).as_posix()
         data["spec"]["options"] = dict(self.spec.options)
         data["notes"] = list(self.notes)
         return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], folder: Path) -> Artifact:
-        """Read what `to_dict` wrote; `path` is stored as a name, so folders can be moved."""
+        """Read what `to_dict` wrote for the same folder."""
         spec = ExportSpec(
             data["spec"]["format"],
             data["spec"]["precision"],

@@ -97,15 +97,19 @@ def run(
 ) -> None:
     """Do everything a recipe says: plan, cut, export, verify, measure, report."""
     from shortstack import pipeline, terminal
+    from shortstack.forecast import forecast
     from shortstack.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     if dry_run:
-        forecast = pipeline.forecast(loaded, out)
-        _answer(forecast, as_json, lambda: terminal.print_forecast(forecast))
+        expected = forecast(loaded)
+        _answer(expected, as_json, lambda: terminal.print_forecast(expected))
         return
-    result = pipeline.run(loaded, out, terminal.display(quiet or as_json))
+    command = f"shortstack run {recipe} -o OUT"
+    result = pipeline.run(loaded, out, terminal.display(quiet or as_json), command)
     _answer(result, as_json, lambda: terminal.print_run(result, quiet))
+    if result["failures"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -147,7 +151,7 @@ def prune(
     """Cut layers out of a model; the result is a plain Hugging Face folder."""
     from shortstack import commands, terminal
 
-    result = commands.prune(
+    result = commands.prune_model(
         model, drop, plan, out, dry_run=dry_run, display=terminal.display(quiet or as_json)
     )
     _answer(result, as_json, lambda: terminal.print_facts(result, quiet))
@@ -169,6 +173,7 @@ def export(
 ) -> None:
     """Export a model and prove the artifact against PyTorch in its own runtime."""
     from shortstack import commands, terminal
+    from shortstack.devices.host import usable_cores
     from shortstack.recipe import ExportRecipe
 
     options = dict(commands.split_option(item) for item in option or ())
@@ -178,7 +183,7 @@ def export(
         wanted,
         text,
         out,
-        threads=threads,
+        threads=threads or usable_cores(),
         dry_run=dry_run,
         display=terminal.display(quiet or as_json),
     )
@@ -213,7 +218,9 @@ def bench(
 @user_errors
 def report(
     run_folder: Annotated[Path, typer.Argument(help="The output folder of shortstack run.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: the run folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Default: the run folder.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write the report of a run again: HTML, Markdown and JSON."""

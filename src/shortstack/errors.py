@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 
@@ -43,3 +44,14 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ShortstackError:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return ShortstackError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")
+
+
+def require(packages: Iterable[str], extra: str, purpose: str) -> None:
+    """Raise MissingExtraError for the first package that is not installed; imports nothing."""
+    for package in packages:
+        try:
+            found = importlib.util.find_spec(package)
+        except ValueError:  # sys.modules holds None for it
+            found = None
+        if found is None:
+            raise MissingExtraError(package, extra, purpose)

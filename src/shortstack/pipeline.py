@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
-from shortstack import steps
+from shortstack import forecast, reporting, steps
+from shortstack.devices.report import write_report
 from shortstack.progress import Display
 from shortstack.recipe import Recipe
 from shortstack.run_folder import RunFolder
 
-LABELS = ("original", "pruned")
 
-
-def run(recipe: Recipe, out: Path, display: Display) -> Path:
-    """Plan, cut, export, verify, measure, report. Returns the report's path.
+def run(recipe: Recipe, out: Path, display: Display, command: str = "") -> dict[str, Any]:
+    """Plan, cut, export, verify, measure, report. Returns the figures and the report's path.
 
     Finished steps with unchanged inputs are skipped, so a killed run goes on where it was.
-    Raises ShortstackError for what the user can mend and VerificationError for an artifact that
-    differs from its checkpoint.
+    Artifacts that fail their check are removed and listed under `failures`; the others go on.
+    Raises ShortstackError for what the user can mend.
     """
-    steps.check_recipe(recipe)
-    with RunFolder.claim(out, recipe, display) as folder:
-        corpus = steps.open_text(recipe)
-        original = steps.open_original(folder, recipe)
-        steps.check_space(folder, recipe, original)
-        plan = steps.plan(folder, recipe, original, corpus)
-        pruned = steps.cut(folder, original, plan)
-        checkpoints = dict(zip(LABELS, (original, pruned), strict=True))
-        artifacts = {
-            (label, export.to): steps.export(folder, recipe, label, checkpoint, export, corpus)
-            for export in recipe.export
-            for label, checkpoint in checkpoints.items()
-        }
-        for export in recipe.export:
-            pair = {label: artifacts[label, export.to] for label in LABELS}
-            steps.bench(folder, recipe, export, pair, original, corpus)
-        return steps.report(folder, recipe)
+    forecast.refuse(recipe, out)
+    corpus = steps.open_text(recipe.text)
+    with RunFolder.claim(out, {"recipe": recipe.model_dump(mode="json")}, display) as folder:
+        original = steps.open_original(folder, recipe.model)
+        plan = steps.plan(folder, recipe.prune, original, corpus)
+        models = {"original": original, "pruned": steps.cut(folder, original, plan)}
+        exported = [
+            steps.export(folder, recipe, label, checkpoint, wanted, corpus)
+            for label, checkpoint in models.items()
+            for wanted in recipe.export
+        ]
+        shutil.rmtree(out / steps.REFERENCES, ignore_errors=True)
+        measured = steps.bench(folder, recipe, exported, original, corpus)
+        data = reporting.collect(recipe, corpus, plan, models, exported, measured, command)
+        failures = [e.failure for e in exported if e.failure]
+        failures += [m.failure.message for m in measured if m.failure]
+        return reporting.summary(data, write_report(data, out), failures)

@@ -22,7 +22,7 @@ from shortstack.manifest import (
     write_manifest,
     write_text,
 )
-from shortstack.progress import Display, OnProgress, Quiet
+from shortstack.progress import Display, OnProgress
 
 Make = Callable[[Path, OnProgress], Mapping[str, Any]]
 """Fills a staging folder; returns the facts that its manifest shall carry."""
@@ -56,6 +56,10 @@ class RunFolder:
                 if made:
                     shutil.rmtree(path)
             raise
+
+    def holds(self, name: str, inputs: Mapping[str, Any]) -> bool:
+        """Whether `build` would keep the folder `name`."""
+        return finished(self.path / name, step_key(name, inputs)) is not None
 
     def build(
         self, name: str, title: str, inputs: Mapping[str, Any], make: Make

@@ -3,37 +3,55 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shortstack import certify, prune
-from shortstack import export as exporting
+from shortstack import prune
 from shortstack.artifact import Artifact
-from shortstack.certify import Bounds
+from shortstack.certify import ReferenceFacts, certify, make_reference
 from shortstack.checkpoint import Checkpoint
-from shortstack.errors import ShortstackError
-from shortstack.intake import describe_model, open_model
+from shortstack.devices.harness import Case, measure
+from shortstack.devices.host import describe, usable_cores
+from shortstack.devices.measurement import Measurement
+from shortstack.devices.workload import Prompt, Workload
+from shortstack.errors import ShortstackError, VerificationError
+from shortstack.export import exporter
+from shortstack.intake import open_model
 from shortstack.progress import OnProgress
 from shortstack.prune.plan import PrunePlan, parse_drop
-from shortstack.recipe import ExportRecipe, PruneRecipe, Recipe, TextRecipe
+from shortstack.recipe import (
+    BenchRecipe,
+    ExportRecipe,
+    PruneRecipe,
+    Recipe,
+    TextRecipe,
+    VerifyRecipe,
+)
 from shortstack.run_folder import RunFolder
+from shortstack.runtimes import runtimes_for
 from shortstack.text import Corpus, open_corpus
 from shortstack.tokens import Encoder
+from shortstack.verification import Bounds
+
+REFERENCES = "reference"
+"""Where the float32 log-probabilities lie while artifacts are verified; removed after."""
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Refuse what no step could do, before anything is written or computed."""
-    prune.planner(recipe.prune.method)
-    wanted_layers(recipe.prune)
-    describe_model(recipe.model)
-    for export in recipe.export:
-        exporting.check(export.spec)
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What came of one export: the artifact and its verification, or why there is none."""
+
+    label: str
+    spec: str
+    artifact: Artifact | None
+    verification: Mapping[str, Any] | None
+    bounds: Mapping[str, Any]
+    failure: str | None = None
 
 
-def open_text(recipe: Recipe) -> Corpus:
-    text = recipe.text
+def open_text(text: str | TextRecipe) -> Corpus:
     return open_corpus(text.model_dump() if isinstance(text, TextRecipe) else text)
 
 
@@ -50,19 +68,19 @@ def wanted_layers(choice: PruneRecipe) -> int | tuple[int, ...]:
     return int(drop)
 
 
-def open_original(folder: RunFolder, recipe: Recipe) -> Checkpoint:
+def open_original(folder: RunFolder, model: str) -> Checkpoint:
     with folder.display.step("Open the model") as progress:
-        return open_model(recipe.model, folder.path / "model", progress=progress)
+        return open_model(model, folder.path / "model", progress=progress)
 
 
-def plan(folder: RunFolder, recipe: Recipe, original: Checkpoint, corpus: Corpus) -> PrunePlan:
+def plan(folder: RunFolder, choice: PruneRecipe, original: Checkpoint, corpus: Corpus) -> PrunePlan:
     """Choose the layers on calibration text."""
-    inputs = {"model": original.sha256, "text": corpus.sha256, "prune": recipe.prune.model_dump()}
+    inputs = {"model": original.sha256, "text": corpus.sha256, "prune": choice.model_dump()}
 
     def make(partial: Path, progress: OnProgress) -> dict[str, Any]:
-        made = choose_layers(original, recipe.prune, corpus, progress)
+        made = choose_layers(original, choice, corpus, progress)
         (partial / "plan.json").write_text(made.to_json(), encoding="utf-8")
-        return {"dropped": list(made.drop), "method": made.method}
+        return {"drop": list(made.drop), "method": made.method}
 
     where, _ = folder.build("plan", "Choose layers", inputs, make)
     return PrunePlan.from_json((where / "plan.json").read_text(encoding="utf-8"))
@@ -71,9 +89,11 @@ def plan(folder: RunFolder, recipe: Recipe, original: Checkpoint, corpus: Corpus
 def choose_layers(
     checkpoint: Checkpoint, choice: PruneRecipe, corpus: Corpus, progress: OnProgress
 ) -> PrunePlan:
-    windows = Encoder(checkpoint).windows(
-        corpus.calibration, choice.window_tokens, choice.windows
-    )
+    """Run the planner of a method on windows of calibration text."""
+    windows: list[list[int]] = []
+    if prune.METHODS[choice.method].needs_text:
+        length, count = choice.window_tokens, choice.windows
+        windows = Encoder(checkpoint).windows(corpus.calibration, length, count)
     return prune.planner(choice.method)(
         checkpoint,
         drop=wanted_layers(choice),
@@ -88,14 +108,199 @@ def cut(folder: RunFolder, original: Checkpoint, made: PrunePlan) -> Checkpoint:
     inputs = {"model": original.sha256, "drop": list(made.drop)}
 
     def make(partial: Path, progress: OnProgress) -> dict[str, Any]:
-        pruned = prune.apply_plan(original, made, partial, progress=progress)
-        return {
-            "source_sha256": original.sha256,
-            "sha256": pruned.sha256,
-            "dropped": list(made.drop),
-            "n_layers": pruned.n_layers,
-            "n_params": pruned.n_params,
-        }
+        return cut_facts(
+            original, made, prune.apply_plan(original, made, partial, progress=progress)
+        )
 
     where, _ = folder.build("pruned/checkpoint", "Cut the layers", inputs, make)
     return Checkpoint.open(where)
+
+
+def cut_facts(original: Checkpoint, made: PrunePlan, pruned: Checkpoint) -> dict[str, Any]:
+    return {
+        "source_sha256": original.sha256,
+        "sha256": pruned.sha256,
+        "drop": list(made.drop),
+        "method": made.method,
+        "n_layers": pruned.n_layers,
+        "n_params": pruned.n_params,
+        "n_bytes": pruned.n_bytes,
+    }
+
+
+def reference(
+    folder: RunFolder, label: str, checkpoint: Checkpoint, windows: Sequence[Sequence[int]]
+) -> ReferenceFacts:
+    """Run a checkpoint in PyTorch on the test windows; what its artifacts are held against."""
+    inputs = {"model": checkpoint.sha256, "windows": [list(w) for w in windows]}
+
+    def make(partial: Path, progress: OnProgress) -> dict[str, Any]:
+        made = make_reference(
+            checkpoint,
+            windows,
+            partial / "log_probs.npy",
+            threads=usable_cores(),
+            progress=progress,
+        )
+        facts = dataclasses.asdict(made)
+        return {"reference": {k: v for k, v in facts.items() if k not in ("path", "checkpoint")}}
+
+    title = f"Run the {label} model in PyTorch"
+    where, manifest = folder.build(f"{REFERENCES}/{label}", title, inputs, make)
+    return ReferenceFacts(
+        path=where / "log_probs.npy", checkpoint=checkpoint.path, **manifest["reference"]
+    )
+
+
+def export(
+    folder: RunFolder,
+    recipe: Recipe,
+    label: str,
+    checkpoint: Checkpoint,
+    wanted: ExportRecipe,
+    corpus: Corpus,
+) -> Exported:
+    """Export and verify one artifact. One that fails its check is removed and reported."""
+    bounds = Bounds.of(wanted.spec, max_perplexity_ratio=wanted.max_perplexity_ratio)
+    name = f"{label}/{wanted.spec.slug}"
+    inputs = {
+        "model": checkpoint.sha256,
+        "text": corpus.sha256,
+        "export": wanted.model_dump(),
+        "verify": recipe.verify.model_dump(),
+    }
+
+    def make(partial: Path, progress: OnProgress) -> dict[str, Any]:
+        assert truth is not None
+        return export_and_certify(
+            checkpoint,
+            wanted,
+            recipe.verify,
+            corpus,
+            truth,
+            recipe.bench.threads or usable_cores(),
+            partial,
+            progress,
+        )
+
+    truth = None
+    if not folder.holds(name, inputs):
+        windows = unseen_windows(checkpoint, corpus, recipe.verify)
+        truth = reference(folder, label, checkpoint, windows)
+
+    title = f"Export and verify {label} {wanted.spec.slug}"
+    try:
+        where, manifest = folder.build(name, title, inputs, make)
+    except VerificationError as error:
+        folder.display.note(f"FAILED: {error}")
+        return Exported(label, wanted.spec.slug, None, None, dataclasses.asdict(bounds), str(error))
+    return Exported(
+        label,
+        wanted.spec.slug,
+        Artifact.from_dict(manifest["artifact"], where),
+        manifest["verification"],
+        manifest["bounds"],
+    )
+
+
+def export_and_certify(
+    checkpoint: Checkpoint,
+    wanted: ExportRecipe,
+    checks: VerifyRecipe,
+    corpus: Corpus,
+    truth: ReferenceFacts,
+    threads: int,
+    partial: Path,
+    progress: OnProgress,
+) -> dict[str, Any]:
+    """Write an artifact into `partial` and prove it; returns its manifest's facts."""
+    bounds = Bounds.of(wanted.spec, max_perplexity_ratio=wanted.max_perplexity_ratio)
+    make = exporter(wanted.spec.format).export
+    artifact = make(checkpoint, wanted.spec, partial, progress=progress)
+    proof = certify(
+        artifact,
+        unseen_windows(checkpoint, corpus, checks),
+        truth,
+        bounds,
+        threads=threads,
+        prefill_tokens=checks.window_tokens - checks.decode_tokens,
+        text=corpus.test[0],
+        progress=progress,
+    )
+    return {
+        "artifact": artifact.to_dict(partial),
+        "verification": proof.to_dict(),
+        "bounds": dataclasses.asdict(bounds),
+    }
+
+
+def unseen_windows(checkpoint: Checkpoint, corpus: Corpus, checks: VerifyRecipe) -> list[list[int]]:
+    """Windows of text that no choice was made on."""
+    return Encoder(checkpoint).windows(corpus.test, checks.window_tokens, checks.windows)
+
+
+def bench(
+    folder: RunFolder,
+    recipe: Recipe,
+    exported: Sequence[Exported],
+    original: Checkpoint,
+    corpus: Corpus,
+) -> list[Measurement]:
+    """Measure every artifact in every runtime that opens it, all in one interleaved campaign."""
+    prompt = first_prompt(original, corpus, recipe.bench.prompt_tokens)
+    workload = to_workload(recipe.bench)
+    found = [(e.label, e.artifact) for e in exported if e.artifact is not None]
+    inputs = {
+        "artifacts": [[label, artifact.sha256] for label, artifact in found],
+        "workload": workload.to_dict(),
+        "prompt": prompt.sha256,
+        "cpu": describe()["cpu"],
+        "seed": recipe.seed,
+    }
+
+    def make(partial: Path, progress: OnProgress) -> dict[str, Any]:
+        cases = [
+            Case(label, artifact, runtime)
+            for label, artifact in found
+            for runtime in runtimes_for(artifact.format)[:1]
+        ]
+        measured = measure(cases, workload, prompt, progress=progress, seed=recipe.seed)
+        write_measurements(partial, measured)
+        return {"failures": [m.failure.message for m in measured if m.failure]}
+
+    where, _ = folder.build("bench", "Measure, in turn", inputs, make)
+    paths = {artifact.sha256: artifact.path.parent for _, artifact in found}
+    return read_measurements(where, paths)
+
+
+def first_prompt(checkpoint: Checkpoint, corpus: Corpus, n_tokens: int) -> Prompt:
+    window = Encoder(checkpoint).windows(corpus.test, n_tokens, 1)[0]
+    return Prompt(tuple(window), f"{corpus.source}, test part")
+
+
+def to_workload(choice: BenchRecipe) -> Workload:
+    return Workload(
+        prompt_tokens=choice.prompt_tokens,
+        decode_tokens=choice.decode_tokens,
+        repeats=choice.repeats,
+        threads=choice.threads or usable_cores(),
+    )
+
+
+def write_measurements(folder: Path, measured: Sequence[Measurement]) -> None:
+    """One record a file: `original-gguf-q8_0-llama.cpp.json`."""
+    for record in measured:
+        name = f"{record.label}-{record.artifact.spec.slug}-{record.runtime}.json"
+        text = json.dumps(record.to_dict(), indent=1, ensure_ascii=False)
+        (folder / name).write_text(text + "\n", encoding="utf-8")
+
+
+def read_measurements(folder: Path, paths: Mapping[str, Path]) -> list[Measurement]:
+    """All records of a folder; `paths` maps an artifact's hash to the folder it lies in."""
+    records = []
+    for file in sorted(folder.glob("*.json")):
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if "trials" in data:
+            where = paths.get(data["artifact"]["sha256"], folder)
+            records.append(Measurement.from_dict(data, where))
+    return records

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from shortstack.progress import Display, OnProgress, Quiet
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from shortstack.doctor import Finding
 
 
 class Terminal:
@@ -58,3 +60,125 @@ def display(quiet: bool) -> Display:
     from rich.console import Console
 
     return Terminal(Console(stderr=True))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on standard output; all columns but the first are numbers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def print_forecast(data: Mapping[str, Any]) -> None:
+    """What a run would write, step by step."""
+    rows = [
+        (row["step"], *(megabytes(row[k]) for k in ("size_bytes", "peak_ram_bytes", "disk_bytes")))
+        for row in data["steps"]
+    ]
+    layers = data["n_layers"]
+    title = f"{data['model']}: {layers['original']} layers to {layers['pruned']}"
+    print_table(title, ("step", "size", "peak RAM", "disk at worst"), rows)
+    print_facts({k: v for k, v in data.items() if k.endswith("_bytes")}, quiet=False)
+
+
+def print_plan(data: Mapping[str, Any], quiet: bool) -> None:
+    """The scores of all layers, the dropped ones marked."""
+    scores = data.get("scores") or ()
+    if scores and not quiet:
+        dropped = set(data["drop"])
+        rows = [
+            (str(n), "protected" if s is None else f"{s:.4f}", "drop" if n in dropped else "")
+            for n, s in enumerate(scores)
+        ]
+        print_table(f"{data['method']}: higher means keep", ("layer", "score", ""), rows)
+    print_facts({k: v for k, v in data.items() if k not in ("scores", "facts", "schema")}, quiet)
+
+
+def print_run(data: Mapping[str, Any], quiet: bool) -> None:
+    """The figures of a run in one table, what failed, and where the report is."""
+    if data["comparisons"] and not quiet:
+        rows = [
+            (
+                f"{c['spec']} in {c['runtime']}",
+                _times(c["decode_speedup"]),
+                _ratio(c["bytes_per_token_ratio"]),
+                _ratio(c["size_ratio"]),
+                _ratio(c["peak_memory_ratio"]),
+            )
+            for c in data["comparisons"]
+        ]
+        columns = ("original / pruned", "decode speed-up", "bytes a token", "size", "peak memory")
+        print_table("What the cut gained", columns, rows)
+    if data["perplexity"] and not quiet:
+        before, after = data["perplexity"]["original"], data["perplexity"]["pruned"]
+        print_facts({"perplexity": f"{before:.2f} to {after:.2f} ({after / before:.2f} x)"}, quiet)
+    print_facts({"failures": data["failures"] or "none", "report": data["report"]}, quiet=False)
+
+
+def print_bench(data: Mapping[str, Any], quiet: bool) -> None:
+    """Medians of every measured artifact."""
+    if not quiet:
+        names = ("ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s")
+        rows = [
+            (
+                f"{m['label']} {m['export']} in {m['runtime']}",
+                *(f"{m[name]:.3g}" for name in names),
+                megabytes(m["peak_rss_bytes"]),
+            )
+            for m in data["measurements"]
+            if not m.get("failed")
+        ]
+        columns = ("artifact", "TTFT s", "prefill tok/s", "decode tok/s", "peak RSS")
+        print_table("Medians", columns, rows)
+    print_facts({"failures": data["failures"] or "none", "folder": data["folder"]}, quiet=False)
+
+
+def print_facts(data: Mapping[str, Any], quiet: bool) -> None:
+    """One line a fact; nested facts stay in the files."""
+    from rich.console import Console
+
+    if quiet:
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            continue
+        words = megabytes(value) if name.endswith("_bytes") else str(value)
+        console.print(f"{name}: {words}", markup=False)
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """What the doctor found, and what to do about it."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    signs = {
+        "ok": "[green]ok     [/]",
+        "warning": "[yellow]warning[/]",
+        "problem": "[red]problem[/]",
+    }
+    for finding in findings:
+        console.print(signs[finding.status], end=" ")
+        console.print(f"{finding.name}: {finding.fact}", markup=False)
+        if finding.next_step:
+            console.print(f"        {finding.next_step}", markup=False)
+
+
+def megabytes(n_bytes: float | None) -> str:
+    return "?" if n_bytes is None else f"{n_bytes / 1e6:,.1f} MB"
+
+
+def _times(interval: Mapping[str, float] | None) -> str:
+    if interval is None:
+        return "not measured"
+    return f"{interval['estimate']:.2f} x ({interval['low']:.2f} to {interval['high']:.2f})"
+
+
+def _ratio(value: float | None) -> str:
+    return "?" if value is None else f"{value:.2f} x"

@@ -96,7 +96,7 @@ def main(out: Path) -> None:
     tokenizer = train_tokenizer(corpus.calibration)
     windows = token_windows(corpus.calibration, tokenizer.encode, LENGTH, 6000)
     model = train_model(torch.tensor(windows))
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
     print(json.dumps({p.name: p.stat().st_size for p in sorted(out.iterdir())}))
 

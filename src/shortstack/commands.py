@@ -1,0 +1,265 @@
+"""The single stages behind the command line: each takes values and paths, returns plain data."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from shortstack import forecast, prune, reporting, steps
+from shortstack.artifact import Artifact
+from shortstack.certify import make_reference
+from shortstack.checkpoint import Checkpoint
+from shortstack.devices.harness import Case, measure
+from shortstack.devices.report import ReportData, write_report
+from shortstack.devices.workload import Prompt
+from shortstack.errors import ShortstackError
+from shortstack.export import exporter
+from shortstack.intake import open_model, preview_model
+from shortstack.manifest import (
+    check_ours,
+    finished,
+    read_manifest,
+    staged,
+    step_key,
+    write_manifest,
+    write_text,
+)
+from shortstack.progress import Display
+from shortstack.prune.plan import PrunePlan, parse_drop
+from shortstack.recipe import BenchRecipe, ExportRecipe, PruneRecipe, VerifyRecipe
+from shortstack.runtimes import runtimes_for
+from shortstack.text import open_corpus
+
+
+def split_option(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise ShortstackError(f"option {text!r} is not NAME=VALUE, e.g. head=Q6_K.")
+    return name, value
+
+
+@contextlib.contextmanager
+def opened(model: str, near: Path, display: Display) -> Iterator[Checkpoint]:
+    """Open a model; one that has to be made into a folder first lies beside `near` meanwhile."""
+    near.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".shortstack-", dir=near.absolute().parent) as folder:
+        with display.step("Open the model") as progress:
+            checkpoint = open_model(model, Path(folder) / "model", progress=progress)
+        yield checkpoint
+
+
+def plan(
+    model: str, choice: PruneRecipe, text: str, out: Path, *, dry_run: bool, display: Display
+) -> dict[str, Any]:
+    """Choose layers and write the plan to the file `out`."""
+    if out.is_dir():
+        raise ShortstackError(f"{out} is a folder; the plan is one file. Name one, e.g. plan.json.")
+    preview = preview_model(model)
+    if preview is not None:
+        forecast.preview_cut(preview.checkpoint, choice)
+    if dry_run:
+        preview = forecast.preview_or_refuse(model)
+        return {
+            "method": choice.method,
+            "drop": choice.drop,
+            "n_layers": preview.checkpoint.n_layers,
+            "peak_ram_bytes": 4 * preview.checkpoint.n_params + 2**29,
+            "disk_bytes": preview.materialised_bytes,
+        }
+    corpus = open_corpus(text)
+    with opened(model, out, display) as checkpoint, display.step("Choose layers") as progress:
+        made = steps.choose_layers(checkpoint, choice, corpus, progress)
+    write_text(out, made.to_json())
+    return {"plan": str(out), **json.loads(made.to_json())}
+
+
+def prune_model(
+    model: str,
+    drop: str | None,
+    plan_file: Path | None,
+    out: Path,
+    *,
+    dry_run: bool,
+    display: Display,
+) -> dict[str, Any]:
+    """Cut the layers of `drop` or of a plan file; `out` becomes a Hugging Face folder."""
+    if (drop is None) == (plan_file is None):
+        raise ShortstackError("say what to drop: --drop 11-15,20 or --plan plan.json, one of them.")
+    check_ours(out)
+    preview = forecast.preview_or_refuse(model) if dry_run else preview_model(model)
+    if preview is not None:
+        made = _fitting_plan(drop, plan_file, preview.checkpoint)
+        expected = prune.predict_prune(preview.checkpoint, made)
+        if dry_run:
+            return {"drop": list(made.drop), **expected}
+        forecast.require_disk(out, expected["disk_bytes"] + preview.materialised_bytes)
+    with opened(model, out, display) as checkpoint:
+        made = _fitting_plan(drop, plan_file, checkpoint)
+        key = step_key("prune", {"model": checkpoint.sha256, "drop": list(made.drop)})
+        kept = finished(out, key)
+        if kept is None:
+            with display.step("Cut the layers") as progress, staged(out) as partial:
+                pruned = prune.apply_plan(checkpoint, made, partial, progress=progress)
+                facts = steps.cut_facts(checkpoint, made, pruned)
+                kept = write_manifest(partial, "prune", key, facts)
+    return {"checkpoint": str(out), **_facts(kept)}
+
+
+def _fitting_plan(drop: str | None, plan_file: Path | None, checkpoint: Checkpoint) -> PrunePlan:
+    if plan_file is None:
+        return PrunePlan(checkpoint.n_layers, parse_drop(drop or ""), "explicit")
+    try:
+        made = PrunePlan.from_json(plan_file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ShortstackError(
+            f"cannot read the plan {plan_file}: {type(error).__name__}. Run: shortstack plan"
+        ) from None
+    if made.n_layers != checkpoint.n_layers:
+        raise ShortstackError(
+            f"the plan {plan_file} is for {made.n_layers} layers, the model has "
+            f"{checkpoint.n_layers}. Plan again."
+        )
+    return made
+
+
+def export(
+    model: str,
+    wanted: ExportRecipe,
+    text: str,
+    out: Path,
+    *,
+    threads: int,
+    dry_run: bool,
+    display: Display,
+) -> dict[str, Any]:
+    """Export one artifact into the folder `out`, proven or not at all."""
+    check_ours(out)
+    spec, checks = wanted.spec, VerifyRecipe()
+    preview = forecast.preview_or_refuse(model) if dry_run else preview_model(model)
+    if preview is not None:
+        expected = exporter(spec.format).predict(preview.checkpoint, spec)
+        if dry_run:
+            return {"export": spec.slug, **expected}
+        forecast.require_disk(out, expected["disk_bytes"] + preview.materialised_bytes)
+    corpus = open_corpus(text)
+    with opened(model, out, display) as checkpoint:
+        inputs = {"model": checkpoint.sha256, "text": corpus.sha256, "export": wanted.model_dump()}
+        key = step_key("export", inputs)
+        kept = finished(out, key)
+        if kept is None:
+            with staged(out) as partial:
+                log_probs = partial / "log_probs.npy"
+                windows = steps.unseen_windows(checkpoint, corpus, checks)
+                with display.step("Run the model in PyTorch") as progress:
+                    reference = make_reference(
+                        checkpoint, windows, log_probs, threads=threads, progress=progress
+                    )
+                with display.step(f"Export and verify {spec.slug}") as progress:
+                    facts = steps.export_and_certify(
+                        checkpoint, wanted, checks, corpus, reference, threads, partial, progress
+                    )
+                log_probs.unlink()
+                kept = write_manifest(partial, "export", key, facts)
+    return {"folder": str(out), **_facts(kept)}
+
+
+def bench(
+    folders: Sequence[Path], choice: BenchRecipe, text: str, out: Path, display: Display
+) -> dict[str, Any]:
+    """Measure artifact folders in turn; one record a file in `out`."""
+    check_ours(out)
+    artifacts = [open_artifact(folder) for folder in folders]
+    corpus = open_corpus(text)
+    tokens = _prompt_tokens(artifacts[0], corpus.test, choice.prompt_tokens)
+    prompt = Prompt(tokens, f"{corpus.source}, test part")
+    labels = _labels(folders)
+    cases = [
+        Case(label, artifact, runtimes_for(artifact.format)[0])
+        for label, artifact in zip(labels, artifacts, strict=True)
+    ]
+    with staged(out) as partial:
+        with display.step("Measure, in turn") as progress:
+            measured = measure(cases, steps.to_workload(choice), prompt, progress=progress)
+        steps.write_measurements(partial, measured)
+        key = step_key("bench", {"artifacts": [a.sha256 for a in artifacts]})
+        write_manifest(partial, "bench", key, {"failures": _failures(measured)})
+    return {
+        "folder": str(out),
+        "measurements": [reporting.figures(m) for m in measured],
+        "failures": _failures(measured),
+    }
+
+
+def _failures(measured: Sequence[Any]) -> list[str]:
+    return [m.failure.message for m in measured if m.failure]
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """`original` and `pruned` where the folders say so, else their names; no two alike."""
+    labels = []
+    for folder in folders:
+        parts = folder.absolute().parts
+        known = [p for p in parts[-2:] if p in ("original", "pruned")]
+        label = known[0] if known else folder.name
+        while label in labels:
+            label += "'"
+        labels.append(label)
+    return labels
+
+
+def open_artifact(folder: Path) -> Artifact:
+    """Read the manifest of a folder that `export` or `run` made."""
+    manifest = read_manifest(folder)
+    if manifest is None or "artifact" not in manifest:
+        raise ShortstackError(
+            f"{folder} is not an artifact folder: its shortstack.json has no artifact. "
+            "Name a folder that shortstack export or run made."
+        )
+    artifact = Artifact.from_dict(manifest["artifact"], folder)
+    if not artifact.path.exists():
+        raise ShortstackError(f"{artifact.path} is gone. Export it again.")
+    return artifact
+
+
+def _prompt_tokens(artifact: Artifact, documents: Sequence[str], count: int) -> tuple[int, ...]:
+    """Tokens of real text, by the artifact's own tokenizer."""
+    from shortstack.runtimes import open_session
+    from shortstack.text import token_windows
+
+    runtime = runtimes_for(artifact.format)[0]
+    with open_session(artifact.path, runtime, threads=1, context_tokens=count) as session:
+
+        def encode(text: str) -> list[int]:
+            return session.tokenize(text) or []
+
+        return tuple(token_windows(documents, encode, count, 1)[0])
+
+
+def report(run_folder: Path, out: Path) -> dict[str, Any]:
+    """Write the report of a run again, from its report.json."""
+    source = run_folder / "report.json"
+    try:
+        data = ReportData.from_dict(json.loads(source.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ShortstackError(
+            f"{run_folder} has no readable report.json ({type(error).__name__}). "
+            "Run: shortstack run RECIPE -o OUT"
+        ) from None
+    if out != run_folder:
+        check_ours(out)
+        with staged(out) as partial:
+            write_report(data, partial)
+            write_manifest(partial, "report", step_key("report", {"of": data.to_dict()}), {})
+    else:
+        write_report(data, out)
+    return {"report": str(out / "report.html")}
+
+
+def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a user wants of a manifest; the rest is for us."""
+    ours = ("tool", "version", "schema", "step", "key", "files")
+    return {name: value for name, value in manifest.items() if name not in ours}

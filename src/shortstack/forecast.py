@@ -1,0 +1,143 @@
+"""What a run will write, and whether it can: from headers alone, before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shortstack import prune
+from shortstack.checkpoint import Checkpoint
+from shortstack.errors import ShortstackError
+from shortstack.export import exporter
+from shortstack.intake import Preview, preview_model
+from shortstack.manifest import check_ours
+from shortstack.prune.plan import PrunePlan
+from shortstack.recipe import PruneRecipe, Recipe
+from shortstack.steps import wanted_layers
+
+RESERVE_BYTES = 64 * 2**20
+
+
+def refuse(recipe: Recipe, out: Path) -> None:
+    """Refuse what no step could do, before the first expensive second.
+
+    Raises ShortstackError for an unknown method or precision, layers that do not exist, an output
+    folder that is not ours, and a disk that cannot hold the result.
+    """
+    check_ours(out)
+    preview = preview_model(recipe.model)
+    if preview is None:  # a hub model: its size is checked when it is downloaded
+        prune.planner(recipe.prune.method)
+        return
+    rows = predict_steps(recipe, preview)
+    if not out.exists():
+        require_disk(out, max(row["disk_bytes"] for row in rows))
+        # Everything but the peaks stays: the sum is what a whole run needs.
+        require_disk(out, sum(row["size_bytes"] for row in rows))
+
+
+def require_disk(out: Path, n_bytes: int) -> None:
+    """Raise ShortstackError if the disk of `out` has less than `n_bytes` and a reserve left."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < n_bytes + RESERVE_BYTES:
+        raise ShortstackError(
+            f"the disk of {out} is too full: {n_bytes / 1e6:.0f} MB are needed, "
+            f"{free / 1e6:.0f} MB are free. Free some space or choose another -o."
+        )
+
+
+def forecast(recipe: Recipe) -> dict[str, Any]:
+    """Predict each step's result: size, peak memory, disk at its worst moment. Writes nothing."""
+    preview = preview_or_refuse(recipe.model)
+    rows = predict_steps(recipe, preview)
+    original = preview.checkpoint
+    pruned = preview_cut(original, recipe.prune)
+    return {
+        "model": recipe.model,
+        "method": recipe.prune.method,
+        "drop": recipe.prune.drop,
+        "n_layers": {"original": original.n_layers, "pruned": pruned.n_layers},
+        "n_params": {"original": original.n_params, "pruned": pruned.n_params},
+        "steps": rows,
+        "size_bytes": sum(row["size_bytes"] for row in rows),
+        "peak_ram_bytes": max(row["peak_ram_bytes"] for row in rows),
+    }
+
+
+def preview_or_refuse(model: str) -> Preview:
+    preview = preview_model(model)
+    if preview is None:
+        raise ShortstackError(
+            f"{model} would have to be downloaded to say more. Download it first, then name the "
+            "folder."
+        )
+    return preview
+
+
+def predict_steps(recipe: Recipe, preview: Preview) -> list[dict[str, Any]]:
+    """One row a step: what it writes, and the memory and disk it needs meanwhile."""
+    original = preview.checkpoint
+    pruned = preview_cut(original, recipe.prune)
+    rows = []
+    if preview.materialised_bytes:
+        rows.append(_row("model", preview.materialised_bytes, 2**28))
+    cut = prune.predict_prune(original, _stand_in(original, recipe.prune))
+    rows.append(
+        _row("pruned/checkpoint", cut["output_bytes"], cut["peak_ram_bytes"], cut["disk_bytes"])
+    )
+    for label, checkpoint in (("original", original), ("pruned", pruned)):
+        verify = recipe.verify
+        n_bytes = 4 * verify.windows * verify.window_tokens * checkpoint.dims["vocab"]
+        ram = 5 * checkpoint.n_params + n_bytes // verify.windows * 3
+        rows.append(_row(f"reference/{label} (removed after)", n_bytes, ram))
+        for wanted in recipe.export:
+            expected = exporter(wanted.spec.format).predict(checkpoint, wanted.spec)
+            rows.append(
+                _row(
+                    f"{label}/{wanted.spec.slug}",
+                    expected["size_bytes"],
+                    expected["peak_ram_bytes"],
+                    expected["disk_bytes"],
+                )
+            )
+    return rows
+
+
+def _row(name: str, size: int, ram: int, disk: int | None = None) -> dict[str, Any]:
+    return {
+        "step": name,
+        "size_bytes": size,
+        "peak_ram_bytes": ram,
+        "disk_bytes": size if disk is None else disk,
+    }
+
+
+def _stand_in(original: Checkpoint, choice: PruneRecipe) -> PrunePlan:
+    """A plan of the right size: layers of one family are all alike."""
+    prune.planner(choice.method)
+    wanted = wanted_layers(choice)
+    if isinstance(wanted, int):
+        return PrunePlan(original.n_layers, tuple(range(wanted)), choice.method)
+    return PrunePlan(original.n_layers, wanted, choice.method)
+
+
+def preview_cut(original: Checkpoint, choice: PruneRecipe) -> Checkpoint:
+    """The pruned checkpoint as headers, before it exists: only for predictions."""
+    plan = _stand_in(original, choice)
+    new_number = {old: new for new, old in enumerate(plan.keep)}
+    prefix, suffix = original.family.layer_prefix.split("{i}")
+    tensors = {}
+    for name, info in original.tensors.items():
+        number, _, rest = name.removeprefix(prefix).partition(suffix)
+        if not name.startswith(prefix):
+            tensors[name] = info
+        elif int(number) in new_number:
+            tensors[f"{prefix}{new_number[int(number)]}{suffix}{rest}"] = info
+    config: Mapping[str, Any] = {**original.config, "num_hidden_layers": len(plan.keep)}
+    return dataclasses.replace(original, config=config, tensors=tensors)

@@ -1,0 +1,172 @@
+"""From what the steps left to the report's data."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shortstack.checkpoint import Checkpoint
+from shortstack.devices.host import describe
+from shortstack.devices.measurement import Measurement
+from shortstack.devices.report import Entry, ModelFacts, Quality, ReportData, speedups
+from shortstack.devices.stats import median
+from shortstack.prune.plan import PrunePlan
+from shortstack.recipe import Recipe
+from shortstack.runtimes import runtimes_for
+from shortstack.steps import Exported
+from shortstack.text import Corpus
+from shortstack.verification import Verification
+
+LIBRARIES = (
+    *("torch", "transformers", "safetensors", "tokenizers", "numpy"),
+    *("gguf", "llama-cpp-python", "onnx", "onnxruntime", "onnxruntime-genai"),
+)
+
+
+def collect(
+    recipe: Recipe,
+    corpus: Corpus,
+    plan: PrunePlan,
+    models: Mapping[str, Checkpoint],
+    exported: Sequence[Exported],
+    measured: Sequence[Measurement],
+    command: str,
+) -> ReportData:
+    """Put together what one run made, proved and measured."""
+    records = {(m.label, m.artifact.spec.slug): m for m in measured}
+    original, pruned = models["original"], models["pruned"]
+    name = recipe.model.rpartition("/")[2].removesuffix(".gguf")
+    return ReportData(
+        model=model_facts(name, recipe.model, original),
+        pruned=model_facts(f"{name}, pruned", recipe.model, pruned),
+        plan={
+            "n_layers": plan.n_layers,
+            "drop": list(plan.drop),
+            "method": plan.method,
+            "scores": [None if s != s else s for s in plan.scores],
+            "facts": dict(plan.facts),
+        },
+        quality=quality(exported, corpus),
+        entries=tuple(_entry(e, records.get((e.label, e.spec))) for e in exported),
+        host=describe(),
+        versions=versions(),
+        recipe=recipe.model_dump(mode="json"),
+        command=command,
+        created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def model_facts(name: str, source: str, checkpoint: Checkpoint) -> ModelFacts:
+    return ModelFacts(
+        name=name,
+        source=source,
+        sha256=checkpoint.sha256,
+        n_layers=checkpoint.n_layers,
+        n_params=checkpoint.n_params,
+        n_bytes=checkpoint.n_bytes,
+    )
+
+
+def quality(exported: Sequence[Exported], corpus: Corpus) -> Quality | None:
+    """Perplexity of both checkpoints in PyTorch: the references that artifacts were held to."""
+    found = {e.label: e.verification for e in exported if e.verification}
+    if not {"original", "pruned"} <= found.keys():
+        return None
+    return Quality(
+        original_perplexity=found["original"]["reference_perplexity"],
+        pruned_perplexity=found["pruned"]["reference_perplexity"],
+        n_tokens=found["pruned"]["n_tokens"],
+        text_source=f"{corpus.source}, test part",
+        text_sha256=corpus.sha256,
+    )
+
+
+def summary(
+    data: ReportData, paths: tuple[Path, Path, Path], failures: list[str]
+) -> dict[str, Any]:
+    """What `shortstack run --json` prints: the figures a script wants, and where the rest is."""
+    worse = data.quality
+    return {
+        "report": str(paths[0]),
+        "dropped_layers": list(data.plan["drop"]) if data.plan else [],
+        "perplexity": None
+        if worse is None
+        else {"original": worse.original_perplexity, "pruned": worse.pruned_perplexity},
+        "comparisons": [
+            {
+                "spec": c.spec,
+                "runtime": c.runtime,
+                "decode_speedup": None if c.decode_speedup is None else vars(c.decode_speedup),
+                "bytes_per_token_ratio": c.bytes_ratio,
+                "size_ratio": c.size_ratio,
+                "peak_memory_ratio": c.peak_ratio,
+            }
+            for c in speedups(data.entries)
+        ],
+        "failures": failures,
+    }
+
+
+def figures(record: Measurement) -> dict[str, Any]:
+    """The medians of one measurement; None where there is no trial."""
+    if not record.trials:
+        return {"label": record.label, "runtime": record.runtime, "failed": True}
+    peaks = [m.peak_total_bytes for m in record.memory]
+    return {
+        "label": record.label,
+        "export": record.artifact.spec.slug,
+        "runtime": record.runtime,
+        "load_s": median(record.load_s),
+        "ttft_s": median(record.ttft_s),
+        "prefill_tokens_per_s": median(record.prefill_tokens_per_s),
+        "decode_tokens_per_s": median(record.decode_tokens_per_s),
+        "peak_rss_bytes": median(peaks) if peaks else None,
+        "flags": list(record.flags),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _entry(exported: Exported, measured: Measurement | None) -> Entry:
+    fmt = exported.spec.partition("-")[0]
+    proof = exported.verification
+    return Entry(
+        label=exported.label,
+        spec=exported.spec,
+        runtime=proof["runtime"] if proof else runtimes_for(fmt)[0],
+        artifact=exported.artifact.to_dict() if exported.artifact else None,
+        verification=None if proof is None else _verification(Verification.from_dict(dict(proof))),
+        bounds={
+            "mean_kl_prefill": exported.bounds["max_kl"],
+            "mean_kl_decode": exported.bounds["max_kl"],
+            "top1_agreement": exported.bounds["min_top1"],
+            "perplexity_ratio": exported.bounds["max_perplexity_ratio"],
+        },
+        measurement=measured,
+        failure=exported.failure,
+    )
+
+
+def _verification(found: Verification) -> dict[str, Any]:
+    return {
+        "runtime": f"{found.runtime} {found.runtime_version}",
+        "n_tokens": found.n_tokens,
+        "mean_kl_prefill": found.kl_prefill,
+        "mean_kl_decode": found.kl_decode,
+        "top1_agreement": found.top1,
+        "perplexity": found.perplexity,
+        "reference_perplexity": found.reference_perplexity,
+        "perplexity_ratio": found.perplexity_ratio,
+        "tokenizer_equal": found.tokenizer_equal,
+    }
