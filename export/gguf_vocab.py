@@ -46,6 +46,11 @@ PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
 WHOLE_WORDS_FIRST = {"llama-bpe", "tekken"}
 """Where llama.cpp looks a whole word up before it merges: tokenizer.json calls it ignore_merges."""
 
+METASPACE_NOTE = (
+    "llama.cpp puts a space before every text, tokenizer.json only before one that begins without: "
+    "text with a leading space is cut differently"
+)
+
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 """tokenizer_config's names of special tokens -> GGUF's."""
 
@@ -65,6 +70,7 @@ class Vocabulary:
     add_eos: bool
     add_space_prefix: bool
     chat_template: str | None
+    note: str | None = None
 
 
 def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
@@ -106,6 +112,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         add_eos=add_eos,
         add_space_prefix=sentencepiece and _space_prefix(file, data),
         chat_template=_chat_template(folder, config),
+        note=METASPACE_NOTE if sentencepiece and _has_metaspace(data) else None,
     )
 
 
@@ -156,15 +163,13 @@ def _tokens(
     return tokens, types
 
 
-def _special_ids(
-    folder: Path, config: Mapping[str, Any], ids: Mapping[str, int]
-) -> dict[str, int]:
+def _special_ids(folder: Path, config: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, int]:
     fallback = _read_json(folder / "special_tokens_map.json")
     found: dict[str, int] = {}
     for name, gguf_name in SPECIAL.items():
         token = config.get(f"{name}_token") or fallback.get(f"{name}_token")
         text = token.get("content") if isinstance(token, dict) else token
-        if text in ids:
+        if isinstance(text, str) and text in ids:
             found[gguf_name] = ids[text]
     return found
 
@@ -247,10 +252,15 @@ def _space_prefix(file: Path, data: Mapping[str, Any]) -> bool:
     return False
 
 
+def _has_metaspace(data: Mapping[str, Any]) -> bool:
+    steps = _steps(data.get("pre_tokenizer"), "pretokenizers")
+    return any(step["type"] == "Metaspace" for step in steps)
+
+
 def _adds(
     data: Mapping[str, Any], config: Mapping[str, Any], special: Mapping[str, int]
 ) -> tuple[bool, bool]:
-    """Whether encoding puts BOS before and EOS behind: the post-processor decides, else the config."""
+    """Whether encoding puts BOS before, EOS behind: the post-processor says so, or the config."""
     for step in _steps(data.get("post_processor"), "processors"):
         if step["type"] == "TemplateProcessing":
             at = [i for i, piece in enumerate(step["single"]) if "Sequence" in piece][0]

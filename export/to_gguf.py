@@ -81,10 +81,16 @@ PRECISIONS: dict[str, Precision] = {
 }
 
 OPTIONS = ("head", "embedding")
-"""`head`: type of the output matrix; `embedding`: of the token table. One table if they are tied."""
+"""`head`: type of the output matrix; `embedding`: of the token table. Tied, they are one."""
 
 
 def check(checkpoint: Checkpoint, spec: ExportSpec) -> None:
+    check_headers(checkpoint, spec)
+    read_vocabulary(checkpoint.path, checkpoint.dims["vocab"])
+
+
+def check_headers(checkpoint: Checkpoint, spec: ExportSpec) -> None:
+    """The part of `check` that needs no tokenizer: the checkpoint may not lie on disk yet."""
     if spec.precision not in PRECISIONS:
         raise unknown("GGUF precision", spec.precision, PRECISIONS)
     for option, value in spec.options:
@@ -106,12 +112,11 @@ def check(checkpoint: Checkpoint, spec: ExportSpec) -> None:
             "embedding: one table, one type. Give only one of them."
         )
     check_config(checkpoint)
-    read_vocabulary(checkpoint.path, checkpoint.dims["vocab"])
 
 
 def predict(checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, int]:
     """Sizes by the tables above; libllama gives some K-quant tensors more bits, so ± 10 %."""
-    check(checkpoint, spec)
+    check_headers(checkpoint, spec)
     precision = PRECISIONS[spec.precision]
     size = largest = 0
     for rule, shape, hf_name in _tensors(checkpoint):
@@ -140,7 +145,8 @@ def export(
     check(checkpoint, spec)
     require_space(out, predict(checkpoint, spec)["disk_bytes"])
     target = out / f"model-{spec.precision}.gguf"
-    notes = [note for note in (context_length(checkpoint.config)[1],) if note]
+    vocabulary = read_vocabulary(checkpoint.path, checkpoint.dims["vocab"])
+    notes = [note for note in (context_length(checkpoint.config)[1], vocabulary.note) if note]
     if _needs_quantizer(spec):
         source = out / "intermediate.gguf"
         try:
@@ -244,15 +250,14 @@ def _quantize_request(checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, Any
     }
 
 
-def _write(
-    checkpoint: Checkpoint, target: Path, kind: str | None, progress: OnProgress
-) -> None:
+def _write(checkpoint: Checkpoint, target: Path, kind: str | None, progress: OnProgress) -> None:
     """Write a file of plain floats, one tensor in memory; `kind` None keeps the stored types."""
     gguf = _gguf()
     weights = Weights(checkpoint)
     writer = gguf.GGUFWriter(str(target), checkpoint.family.gguf_arch)
     file_type = PRECISIONS[kind or "F32"].file_type
-    add_metadata(writer, checkpoint, checkpoint.path.name, file_type)
+    name = Path(str(checkpoint.config.get("_name_or_path") or checkpoint.path)).name
+    add_metadata(writer, checkpoint, name, file_type)
     add_vocabulary(writer, read_vocabulary(checkpoint.path, checkpoint.dims["vocab"]))
     plan = [
         (name, rule, kind_of(checkpoint, name, kind), _gguf_name(checkpoint, name, rule))

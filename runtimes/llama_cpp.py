@@ -26,7 +26,9 @@ class LlamaCppSession:
 
     def __init__(self, path: Path, *, threads: int, context_tokens: int) -> None:
         self._lib = libllama()
-        self._model = self._context = self._batch = None
+        self._model: Any = None
+        self._context: Any = None
+        self._batch: Any = None
         self._past = 0
         clear_log()
         self._amx_avoided = has_amx()

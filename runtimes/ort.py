@@ -44,7 +44,10 @@ class OrtSession:
         self._check(path)
         self._dtype = DTYPES[inputs[self._past_names[0]].type]
         self._logits_dtype = DTYPES[self._session.get_outputs()[0].type]
-        self._shared = _shares_buffer(path)
+        config = _genai_config(path)
+        self._shared = bool(config.get("search", {}).get("past_present_share_buffer"))
+        # such graphs call this dimension `kv_cache_dim` instead of giving its size
+        self._head_dim = config.get("model", {}).get("decoder", {}).get("head_size")
         self._past = 0
         self._ones = np.ones((1, context_tokens), np.int64)
         self._token = np.zeros((1, 1), np.int64)
@@ -60,6 +63,7 @@ class OrtSession:
             "kv_cache": np.dtype(self._dtype).name,
             "kv_cache_shared": self._shared,
             "providers": self._session.get_providers(),
+            "spinning": True,  # the default: a third faster a token, at the price of idle cores
         }
 
     def _check(self, path: Path) -> None:
@@ -74,7 +78,7 @@ class OrtSession:
     def _new_cache(self, length: int) -> list[Any]:
         shapes = [self._inputs[name].shape for name in self._past_names]
         return [
-            self._value(np.zeros((1, heads, length, dim), self._dtype))
+            self._value(np.zeros((1, heads, length, self._head_dim or dim), self._dtype))
             for _, heads, _, dim in shapes
         ]
 
@@ -132,7 +136,7 @@ class OrtSession:
         if not self._shared:
             self._bind_cache(self._step)
         self._run(self._step, 1)
-        return self._row[0, 0].astype(np.float32)
+        return np.array(self._row[0, 0], np.float32)
 
     def _run(self, binding: Any, count: int) -> None:
         total = self._past + count
@@ -180,9 +184,7 @@ def _open(onnxruntime: Any, path: Path, threads: int) -> Any:
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     try:
-        return onnxruntime.InferenceSession(
-            str(file), options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except _errors(onnxruntime) as error:
         raise ShortstackError(
             f"onnxruntime cannot open {file}: {one_line(str(error), 300)}. Export it again."
@@ -204,13 +206,13 @@ def _errors(onnxruntime: Any) -> tuple[type[Exception], ...]:
     return tuple(getattr(state, name) for name in names)
 
 
-def _shares_buffer(path: Path) -> bool:
-    """Whether the graph updates its cache in place; genai_config.json says so."""
+def _genai_config(path: Path) -> dict[str, Any]:
+    """What onnxruntime-genai's builder writes beside a graph; empty for other exports."""
     file = path / "genai_config.json"
     if not file.is_file():
-        return False
-    config = json.loads(file.read_text(encoding="utf-8"))
-    return bool(config.get("search", {}).get("past_present_share_buffer"))
+        return {}
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return config
 
 
 def _present(past_name: str) -> str:

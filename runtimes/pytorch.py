@@ -1,4 +1,4 @@
-"""transformers on a checkpoint folder: float32 is the oracle that every artifact is held against."""
+"""transformers on a checkpoint folder: float32 is the oracle that artifacts are held against."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ class PyTorchSession:
 
         self._cache = DynamicCache(config=self._model.config)
         logits = self._forward(tokens, keep=0 if all_logits else 1)
-        return logits if all_logits else logits[-1]
+        return logits if all_logits else np.asarray(logits[-1])
 
     def decode(self, token: int) -> NDArray[np.float32]:
         if self._cache is None:
             raise ShortstackError("decode needs a prefill before it.")
-        return self._forward([token], keep=1)[-1]
+        return np.asarray(self._forward([token], keep=1)[-1])
 
     def _forward(self, tokens: Sequence[int], keep: int) -> NDArray[np.float32]:
         if self._cache.get_seq_length() + len(tokens) > self._context_tokens:
@@ -83,10 +83,8 @@ class PyTorchSession:
             return None
         from tokenizers import Tokenizer
 
-        ids: list[int] = (
-            Tokenizer.from_file(str(self._tokenizer_file)).encode(text, add_special_tokens=False).ids
-        )
-        return ids
+        tokenizer = Tokenizer.from_file(str(self._tokenizer_file))
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     def close(self) -> None:
         self._cache = None
@@ -118,7 +116,8 @@ def _load(path: Path, dtype: torch.dtype) -> Any:
     logging.disable_progress_bar()
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            model, facts = AutoModelForCausalLM.from_pretrained(
+            # with output_loading_info it returns a pair, which its annotations do not say
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(path),
                 dtype=dtype,
                 local_files_only=True,
@@ -131,6 +130,7 @@ def _load(path: Path, dtype: torch.dtype) -> Any:
             f"transformers cannot open {path}: {one_line(str(error), 300)} "
             "Check that it is a model folder with config.json and *.safetensors."
         ) from None
+    model, facts = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if facts[kind]:
             name = sorted(map(str, facts[kind]))[0]

@@ -1,0 +1,98 @@
+"""onnxruntime-genai on an exported folder: the runtime that applications use, its own cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shortstack.errors import MissingExtraError, ShortstackError, one_line
+
+
+class GenaiSession:
+    """A folder with genai_config.json open in onnxruntime-genai, on the CPU."""
+
+    def __init__(self, path: Path, *, threads: int, context_tokens: int) -> None:
+        try:
+            import onnxruntime_genai
+        except ImportError:
+            raise MissingExtraError("onnxruntime-genai", "onnx", "running an ONNX model") from None
+        onnxruntime_genai.disable_telemetry_events()
+        self._genai = onnxruntime_genai
+        self._model = _open(onnxruntime_genai, path, threads)
+        self._context_tokens = context_tokens
+        self._generator: Any = None
+        self._tokenizer: Any = None
+        config = json.loads((path / "genai_config.json").read_text(encoding="utf-8"))
+        self._vocab = int(config["model"]["vocab_size"])
+        self._info = {
+            "runtime": "onnxruntime-genai",
+            "version": onnxruntime_genai.__version__,
+            "threads": threads,
+            "context_tokens": context_tokens,
+        }
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return dict(self._info)
+
+    def prefill(self, tokens: Sequence[int], *, all_logits: bool = False) -> NDArray[np.float32]:
+        params = self._genai.GeneratorParams(self._model)
+        # one token more: at its maximal length a generator takes no logits back
+        params.set_search_options(max_length=self._context_tokens + 1, do_sample=False)
+        self._generator = self._genai.Generator(self._model, params)
+        self._generator.append_tokens(np.array([tokens], np.int32))
+        if all_logits:
+            return np.array(self._generator.get_output("logits")[0], np.float32)
+        return self._last_logits()
+
+    def decode(self, token: int) -> NDArray[np.float32]:
+        if self._generator is None:
+            raise ShortstackError("decode needs a prefill before it.")
+        self._generator.append_tokens(np.array([[token]], np.int32))
+        return self._last_logits()
+
+    def _last_logits(self) -> NDArray[np.float32]:
+        return np.array(self._generator.get_logits().reshape(-1, self._vocab)[-1], np.float32)
+
+    def tokenize(self, text: str) -> list[int] | None:
+        if self._tokenizer is None:
+            self._tokenizer = self._genai.Tokenizer(self._model)
+        return [int(index) for index in self._tokenizer.encode(text)]
+
+    def close(self) -> None:
+        self._generator = self._tokenizer = self._model = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _open(genai: Any, path: Path, threads: int) -> Any:
+    if not (path / "genai_config.json").is_file():
+        raise ShortstackError(
+            f"{path} holds no genai_config.json. Name the folder of an ONNX export by shortstack."
+        )
+    options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
+    try:
+        config = genai.Config(str(path))
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+        return genai.Model(config)
+    except RuntimeError as error:
+        raise ShortstackError(
+            f"onnxruntime-genai cannot open {path}: {one_line(str(error), 300)}. Export it again."
+        ) from None
+
+
+def open_session(path: Path, *, threads: int, context_tokens: int) -> GenaiSession:
+    return GenaiSession(path, threads=threads, context_tokens=context_tokens)

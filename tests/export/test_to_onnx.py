@@ -1,0 +1,162 @@
+"""ONNX folders, opened by the real onnxruntime and held against float32 PyTorch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from shortstack.artifact import Artifact, ExportSpec
+from shortstack.checkpoint import Checkpoint
+from shortstack.errors import ShortstackError
+from shortstack.export import exporter, to_onnx
+from shortstack.export.onnx_build import build
+from shortstack.export.onnx_graph import bytes_per_token, quantize_rows
+
+Distance = Callable[[Checkpoint, Path, str], tuple[float, float]]
+MakeVariant = Callable[..., Checkpoint]
+
+
+def spec(precision: str, **options: str) -> ExportSpec:
+    return ExportSpec.parse(f"onnx:{precision}", **options)
+
+
+def export(checkpoint: Checkpoint, wanted: ExportSpec, out: Path) -> Artifact:
+    out.mkdir()
+    return to_onnx.export(checkpoint, wanted, out)
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "llama3-rope", "mistral-untied", "wide-heads"])
+def test_fp32_computes_what_the_checkpoint_computes(
+    name: str, make_variant: MakeVariant, distance: Distance, tmp_path: Path
+) -> None:
+    checkpoint = make_variant(name)
+    artifact = export(checkpoint, spec("fp32"), tmp_path / "out")
+    assert max(distance(checkpoint, artifact.path, "onnxruntime")) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("wanted", "bound"),
+    [
+        (spec("int8"), 0.01),
+        (spec("int4", wide="down+qkv"), 0.1),
+        (spec("int4"), 0.15),
+        (spec("int4", wide="none", head="int4"), 0.3),
+    ],
+    ids=lambda value: value.slug if isinstance(value, ExportSpec) else "",
+)
+def test_each_precision_is_as_near_as_its_bits_allow(
+    wanted: ExportSpec, bound: float, checkpoint: Checkpoint, distance: Distance, tmp_path: Path
+) -> None:
+    artifact = export(checkpoint, wanted, tmp_path / "out")
+    assert max(distance(checkpoint, artifact.path, "onnxruntime")) < bound
+    predicted = to_onnx.predict(checkpoint, wanted)["size_bytes"]
+    assert predicted == pytest.approx(artifact.size_bytes, rel=0.12)
+    per_weight = 8 * artifact.weight_bytes_per_token / checkpoint.n_params
+    assert per_weight < {"int8": 9.3, "int4": 7.5}[wanted.precision]
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_an_untied_embedding_is_not_taken_from_the_head(
+    precision: str, make_variant: MakeVariant, distance: Distance, tmp_path: Path
+) -> None:
+    def other_head(tensors: dict[str, object]) -> None:
+        embedding = tensors["model.embed_tokens.weight"]
+        tensors["lm_head.weight"] = embedding.flip(0)  # type: ignore[attr-defined]  # a torch tensor
+
+    checkpoint = make_variant(edit=other_head, tie_word_embeddings=False)
+    artifact = export(checkpoint, spec(precision), tmp_path / "out")
+    assert max(distance(checkpoint, artifact.path, "onnxruntime")) < 0.15
+    graph = onnx.load(artifact.path / "model.onnx", load_external_data=False).graph
+    floats = [t for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
+    kept_float = [t.name for t in floats if list(t.dims) == [512, 64]]
+    assert not kept_float
+
+
+def test_both_onnx_runtimes_agree_and_a_moved_folder_opens(
+    checkpoint: Checkpoint, distance: Distance, tmp_path: Path
+) -> None:
+    artifact = export(checkpoint, spec("fp32"), tmp_path / "out")
+    moved = shutil.move(artifact.path, tmp_path / "elsewhere")
+    assert max(distance(checkpoint, Path(moved), "onnxruntime-genai")) < 1e-6
+    assert not list(Path(moved).glob(".*"))
+    for file in checkpoint.tokenizer_files:
+        assert (Path(moved) / file.name).read_bytes() == file.read_bytes()
+    # float32, tied: every weight once, the tables of cosines not at all
+    assert bytes_per_token(Path(moved) / "model.onnx") == 4 * checkpoint.n_params
+
+
+def test_a_long_step_says_how_far_it_is(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    (tmp_path / "out").mkdir()
+    to_onnx.export(
+        checkpoint, spec("int4"), tmp_path / "out", progress=lambda *step: seen.append(step)
+    )
+    assert len(seen) > 30
+    assert seen == sorted(seen)
+    assert len({total for _, total in seen}) == 1
+
+
+@pytest.mark.parametrize("limit", [600_000, 250_000], ids=["builder", "embedding"])
+def test_a_full_disk_is_one_clear_line(
+    limit: int, checkpoint: Checkpoint, tmp_path: Path, small_files: Callable[[int], None]
+) -> None:
+    wanted = spec("fp32") if limit == 600_000 else spec("int8")
+    (tmp_path / "out").mkdir()
+    small_files(limit)
+    with pytest.raises(ShortstackError, match="disk full while writing"):
+        to_onnx.export(checkpoint, wanted, tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_the_builders_failure_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
+    with pytest.raises(ShortstackError, match="builder failed") as caught:
+        build(
+            tmp_path,
+            tmp_path / "out",
+            tmp_path / "cache",
+            "fp32",
+            options=[],
+            weights=None,
+            n_layers=1,
+        )
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        (spec("int-4"), "Did you mean 'int4'"),
+        (spec("int4", haed="int8"), "Did you mean 'head'"),
+        (spec("int4", head="int6"), "unknown value of head 'int6'"),
+        (spec("int8", wide="down"), "int8 has no option 'wide'"),
+        (spec("fp32", block="32"), "it has: none"),
+        (spec("int4", block="128"), "cannot be cut into blocks of 128"),
+    ],
+)
+def test_a_spec_it_cannot_realise_is_refused(
+    wanted: ExportSpec, words: str, checkpoint: Checkpoint
+) -> None:
+    with pytest.raises(ShortstackError, match=words):
+        exporter("onnx").check(checkpoint, wanted)
+
+
+def test_an_unknown_format_lists_the_known_ones() -> None:
+    with pytest.raises(ShortstackError, match="Known: gguf, onnx"):
+        exporter("tflite")
+
+
+def test_rows_are_rounded_to_half_a_step_at_most() -> None:
+    table = np.random.default_rng(0).normal(size=(7, 64)).astype(np.float32)
+    table[3, :32] = 0
+    codes, scales = quantize_rows(table, 32)
+    back = (codes.astype(np.float32) - 128) * scales[..., None]
+    step = np.abs(scales)[..., None]
+    # the block's largest weight is -128 exactly; its negative would be 128, one step too far
+    assert (np.abs(back.reshape(7, 2, 32) - table.reshape(7, 2, 32)) <= 1.001 * step).all()
+    assert np.abs(back.reshape(7, 64) - table).mean() < 0.3 * step.mean()
