@@ -14,7 +14,7 @@ import numpy as np
 
 from shortstack.artifact import Artifact, ExportSpec
 from shortstack.checkpoint import Checkpoint, hash_files
-from shortstack.errors import MissingExtraError, ShortstackError, unknown
+from shortstack.errors import MissingExtraError, ShortstackError, require, unknown
 from shortstack.export.disk import require_space, writing
 from shortstack.export.gguf_meta import (
     add_metadata,
@@ -91,6 +91,7 @@ def check(checkpoint: Checkpoint, spec: ExportSpec) -> None:
 
 def check_headers(checkpoint: Checkpoint, spec: ExportSpec) -> None:
     """The part of `check` that needs no tokenizer: the checkpoint may not lie on disk yet."""
+    require(("gguf", "llama_cpp"), "gguf", "the export to GGUF")
     if spec.precision not in PRECISIONS:
         raise unknown("GGUF precision", spec.precision, PRECISIONS)
     for option, value in spec.options:

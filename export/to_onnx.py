@@ -10,7 +10,7 @@ from typing import Any
 
 from shortstack.artifact import Artifact, ExportSpec
 from shortstack.checkpoint import Checkpoint, hash_files
-from shortstack.errors import MissingExtraError, ShortstackError, unknown
+from shortstack.errors import MissingExtraError, ShortstackError, require, unknown
 from shortstack.export.disk import require_space, writing
 from shortstack.export.onnx_build import build
 from shortstack.progress import OnProgress, silent
@@ -53,6 +53,8 @@ def settings(spec: ExportSpec) -> dict[str, str]:
 
 
 def check(checkpoint: Checkpoint, spec: ExportSpec) -> None:
+    packages = ("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai")
+    require(packages, "onnx", "the export to ONNX")
     if spec.precision not in PRECISIONS:
         raise unknown("ONNX precision", spec.precision, PRECISIONS)
     allowed = dict(PRECISIONS[spec.precision].defaults)

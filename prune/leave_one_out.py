@@ -76,15 +76,18 @@ def leave_one_out(
     the layers together, and the variant without layer i joins at layer i with the whole model's
     states. Layer by layer, not variant by variant: a layer's weights stay in the cache.
     """
-    whole = model.embed(tokens)
-    variants: list[Tensor] = []
-    for index in range(model.n_layers):
-        below = whole
-        whole = model.layer(index, whole)
-        step()
-        for at, hidden in enumerate(variants):
-            variants[at] = model.layer(index, hidden)
+    from shortstack.prune.heap import kept_heap
+
+    with kept_heap():
+        whole = model.embed(tokens)
+        variants: list[Tensor] = []
+        for index in range(model.n_layers):
+            below = whole
+            whole = model.layer(index, whole)
             step()
-        if index in free:
-            variants.append(below)
-    return model.nats(whole, tokens), [model.nats(hidden, tokens) for hidden in variants]
+            for at, hidden in enumerate(variants):
+                variants[at] = model.layer(index, hidden)
+                step()
+            if index in free:
+                variants.append(below)
+        return model.nats(whole, tokens), [model.nats(hidden, tokens) for hidden in variants]

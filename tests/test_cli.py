@@ -43,6 +43,11 @@ def pickled(folder: Path) -> Path:
     return folder
 
 
+def without_config(folder: Path) -> Path:
+    (folder / "config.json").unlink()
+    return folder
+
+
 def fails(args: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
     """Run a command that must fail; return its one line."""
     assert main(args) == code
@@ -79,7 +84,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "pickle": (pickled, "is a pickle"),
     "no config": (
-        lambda folder: ((folder / "config.json").unlink(), folder)[1],
+        without_config,
         "has no config.json",
     ),
 }

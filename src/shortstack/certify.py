@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from shortstack import child
 from shortstack.artifact import Artifact
 from shortstack.checkpoint import Checkpoint
-from shortstack.errors import ShortstackError, VerificationError
+from shortstack.errors import ShortstackError, VerificationError, require
 from shortstack.progress import OnProgress, silent
 from shortstack.verification import EXACT, Bounds, Verification
 
@@ -51,6 +51,11 @@ class ReferenceFacts:
     @property
     def n_bytes(self) -> int:
         return self.path.stat().st_size
+
+
+def require_pytorch() -> None:
+    """Raise MissingExtraError if the reference could not be run."""
+    require(("torch", "transformers", "tokenizers"), "prune", "proving an artifact")
 
 
 def make_reference(

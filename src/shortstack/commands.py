@@ -11,7 +11,7 @@ from typing import Any
 
 from shortstack import forecast, prune, reporting, steps
 from shortstack.artifact import Artifact
-from shortstack.certify import make_reference
+from shortstack.certify import make_reference, require_pytorch
 from shortstack.checkpoint import Checkpoint
 from shortstack.devices.harness import Case, measure
 from shortstack.devices.report import ReportData, write_report
@@ -138,6 +138,7 @@ def export(
 ) -> dict[str, Any]:
     """Export one artifact into the folder `out`, proven or not at all."""
     check_ours(out)
+    require_pytorch()
     spec, checks = wanted.spec, VerifyRecipe()
     preview = forecast.preview_or_refuse(model) if dry_run else preview_model(model)
     if preview is not None:

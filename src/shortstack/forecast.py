@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shortstack import prune
+from shortstack.certify import require_pytorch
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.export import exporter
@@ -28,6 +29,7 @@ def refuse(recipe: Recipe, out: Path) -> None:
     folder that is not ours, and a disk that cannot hold the result.
     """
     check_ours(out)
+    require_pytorch()
     preview = preview_model(recipe.model)
     if preview is None:  # a hub model: its size is checked when it is downloaded
         prune.planner(recipe.prune.method)
