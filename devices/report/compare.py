@@ -30,7 +30,7 @@ class Comparison:
     reason: str | None = None
 
     @property
-    def share_of_ideal(self) -> Interval | None:
+    def gain_over_bytes(self) -> Interval | None:
         """Speed-up over bytes ratio; 1 means that all of the saved reading became speed."""
         speedup, ideal = self.decode_speedup, self.bytes_ratio
         if speedup is None or ideal is None:

@@ -32,7 +32,7 @@ def figures(data: ReportData, comparisons: Sequence[Comparison]) -> list[Figure]
     """Every figure that the data can fill."""
     made = [
         decode_speed(data.entries),
-        share_of_ideal(comparisons, {e.spec: spec_name(e) for e in data.entries}),
+        gain_over_bytes(comparisons, {e.spec: spec_name(e) for e in data.entries}),
         memory(data.entries),
         size(data.entries),
         perplexity(data),
@@ -59,7 +59,7 @@ def decode_speed(entries: Sequence[Entry]) -> Figure | None:
     return _grouped("Decode speed", note, entries, bar, "tokens/s", PAIR)
 
 
-def share_of_ideal(comparisons: Sequence[Comparison], names: Mapping[str, str]) -> Figure | None:
+def gain_over_bytes(comparisons: Sequence[Comparison], names: Mapping[str, str]) -> Figure | None:
     groups = []
     for c in comparisons:
         if c.decode_speedup is None or c.bytes_ratio is None:
@@ -72,7 +72,7 @@ def share_of_ideal(comparisons: Sequence[Comparison], names: Mapping[str, str]) 
                     Bar(
                         "gain",
                         ((speed.estimate, "pruned"),),
-                        f"{speed.estimate:.2f} {TIMES}, {percent(c.share_of_ideal)}",
+                        f"{speed.estimate:.2f} {TIMES}, {percent(c.gain_over_bytes)}",
                         speed.low,
                         speed.high,
                         c.bytes_ratio,

@@ -123,7 +123,7 @@ def _cards(data: ReportData) -> list[dict[str, str]]:
                 ),
                 "size": _less(c.size_ratio),
                 "memory": _less(c.peak_ratio),
-                "share": view.percent(c.share_of_ideal),
+                "share": view.percent(c.gain_over_bytes),
             }
         )
     return cards
@@ -139,9 +139,9 @@ def _less(ratio: float | None) -> str:
 
 
 def _plain(comparison: Comparison) -> dict[str, Any]:
-    share = comparison.share_of_ideal
+    share = comparison.gain_over_bytes
     shown = {k: vars(v) if hasattr(v, "estimate") else v for k, v in vars(comparison).items()}
-    return {**shown, "share_of_ideal": vars(share) if share else None}
+    return {**shown, "gain_over_bytes": vars(share) if share else None}
 
 
 def _finite(value: Any) -> Any:

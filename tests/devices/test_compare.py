@@ -45,8 +45,8 @@ def test_speed_up_bytes_and_share_are_the_known_ones(pair: tuple[Entry, Entry]) 
     assert found.bytes_ratio == pytest.approx(1.2)
     assert found.size_ratio == pytest.approx(1.2)
     assert found.peak_ratio == pytest.approx(1.2)
-    assert found.share_of_ideal is not None
-    assert found.share_of_ideal.estimate == pytest.approx(1.0, rel=0.01)
+    assert found.gain_over_bytes is not None
+    assert found.gain_over_bytes.estimate == pytest.approx(1.0, rel=0.01)
 
 
 def test_order_of_entries_does_not_matter(pair: tuple[Entry, Entry]) -> None:
@@ -72,7 +72,7 @@ def test_a_crash_gives_a_reason_and_keeps_the_sizes(pair: tuple[Entry, Entry]) -
     original, pruned = pair
     (found,) = speedups([original, crashed(pruned)])
     assert found.reason == "pruned failed"
-    assert found.decode_speedup is found.share_of_ideal is None
+    assert found.decode_speedup is found.gain_over_bytes is None
     assert found.size_ratio == pytest.approx(1.2)
 
 

@@ -145,7 +145,7 @@ def test_every_promised_section_is_there(page: Page) -> None:
         "died of signal SIGSEGV",
         "Decode, tokens/s",
         "Peak anonymous, MB",
-        "Share of ideal",
+        "Speed-up over bytes saved",
         "rows of 576 are no multiple of 256",
         "shortstack run demo -o out",
         "Example CPU 9000",
@@ -199,7 +199,7 @@ def test_three_files_are_written_and_the_json_holds_everything(
     content: dict[str, Any] = json.loads(raw.read_text(encoding="utf-8"))
     assert content["schema"] == 1
     assert len(content["entries"][0]["measurement"]["trials"][0]["decode_step_s"]) == 64
-    assert content["comparisons"][0]["share_of_ideal"]["estimate"] > 0.9
+    assert content["comparisons"][0]["gain_over_bytes"]["estimate"] > 0.9
     again = ReportData.from_dict(content)
     assert to_html(again) == to_html(data)
     assert to_markdown(again) == to_markdown(data)
