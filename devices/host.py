@@ -14,6 +14,8 @@ from typing import Any
 LIBRARIES = (
     "torch",
     "transformers",
+    "safetensors",
+    "tokenizers",
     "onnxruntime",
     "onnxruntime-gpu",
     "onnxruntime-genai",

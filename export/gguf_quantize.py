@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from shortstack import child, libllama
+from shortstack.disk import disk_full
 from shortstack.errors import ShortstackError
-from shortstack.export.disk import disk_full
 
 TIMEOUT_S = 24 * 3600.0
 BUFFER_BYTES = 512 * 2**20

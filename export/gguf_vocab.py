@@ -5,45 +5,32 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 from shortstack.errors import ShortstackError
+from shortstack.pretokenizers import (
+    LLAMA3_SPLIT,
+    PRE_TOKENIZERS,
+    QWEN2_SPLIT,
+    TEKKEN_SPLIT,
+    TokenType,
+)
 
 SPACE = "▁"
 """How SentencePiece writes a space (U+2581)."""
 
 
-class TokenType(IntEnum):
-    """What llama.cpp does with a token; the numbers are the file format's."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
-
-_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LOWER, _UPPER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
+RULE_NAMES: dict[tuple[str, ...], str] = {
     ("bytes+regex",): "gpt-2",
     ("digits", "bytes+regex"): "smollm",
-    (f"split {_LETTERS}\\p{{N}}{{1,3}}{_REST}", "bytes"): "llama-bpe",
-    (f"split {_LETTERS}\\p{{N}}{_REST}", "bytes"): "qwen2",
-    (f"split {_TEKKEN}", "bytes"): "tekken",
+    (f"split {LLAMA3_SPLIT}", "bytes"): "llama-bpe",
+    (f"split {QWEN2_SPLIT}", "bytes"): "qwen2",
+    (f"split {TEKKEN_SPLIT}", "bytes"): "tekken",
 }
 """How text is cut before the merges, as tokenizer.json says it -> llama.cpp's name for the same."""
 
-WHOLE_WORDS_FIRST = {"llama-bpe", "tekken"}
+WHOLE_WORDS_FIRST = {n for n, rule in PRE_TOKENIZERS.items() if rule.whole_words_first}
 """Where llama.cpp looks a whole word up before it merges: tokenizer.json calls it ignore_merges."""
 
 METASPACE_NOTE = (
@@ -209,11 +196,11 @@ def _steps(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]
 
 def _pre_tokenizer(file: Path, data: Mapping[str, Any]) -> str:
     steps = tuple(_signature(step) for step in _steps(data["pre_tokenizer"], "pretokenizers"))
-    pre = PRE_TOKENIZERS.get(steps)
+    pre = RULE_NAMES.get(steps)
     if pre is None:
         raise ShortstackError(
             f"{file}: the pre-tokenizer {' then '.join(steps) or 'none'} is none that llama.cpp "
-            f"is known to have. Known: {', '.join(PRE_TOKENIZERS.values())}. "
+            f"is known to have. Known: {', '.join(RULE_NAMES.values())}. "
             "Export to onnx instead."
         )
     if bool(data["model"].get("ignore_merges")) != (pre in WHOLE_WORDS_FIRST):
@@ -225,7 +212,7 @@ def _pre_tokenizer(file: Path, data: Mapping[str, Any]) -> str:
 
 
 def _signature(step: Mapping[str, Any]) -> str:
-    """One step in the words of PRE_TOKENIZERS; a word the table lacks for any other."""
+    """One step in the words of RULE_NAMES; a word the table lacks for any other."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False}:
             return "bytes+regex" if step.get("use_regex", True) else "bytes"

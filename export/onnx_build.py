@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from shortstack import child
+from shortstack.disk import FULL, disk_full
 from shortstack.errors import MissingExtraError, ShortstackError, one_line
-from shortstack.export.disk import FULL, disk_full
 from shortstack.progress import OnProgress, silent
 
 TIMEOUT_S = 24 * 3600.0

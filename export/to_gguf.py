@@ -14,8 +14,8 @@ import numpy as np
 
 from shortstack.artifact import Artifact, ExportSpec
 from shortstack.checkpoint import Checkpoint, hash_files
+from shortstack.disk import disk_errors, require_space
 from shortstack.errors import MissingExtraError, ShortstackError, require, unknown
-from shortstack.export.disk import require_space, writing
 from shortstack.export.gguf_meta import (
     add_metadata,
     check_config,
@@ -272,7 +272,7 @@ def _write(checkpoint: Checkpoint, target: Path, kind: str | None, progress: OnP
         n_bytes = math.prod(shape) * int(TYPES[stored].bits) // 8
         raw = gguf.GGMLQuantizationType[stored]
         writer.add_tensor_info(gguf_name, shape, np.dtype(np.float32), n_bytes, raw_dtype=raw)
-    with writing(target), _closing(writer):
+    with disk_errors(target), _closing(writer):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

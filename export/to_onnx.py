@@ -10,8 +10,8 @@ from typing import Any
 
 from shortstack.artifact import Artifact, ExportSpec
 from shortstack.checkpoint import Checkpoint, hash_files
+from shortstack.disk import disk_errors, require_space
 from shortstack.errors import MissingExtraError, ShortstackError, require, unknown
-from shortstack.export.disk import require_space, writing
 from shortstack.export.onnx_build import build
 from shortstack.progress import OnProgress, silent
 
@@ -131,7 +131,7 @@ def export(
             progress=progress,
             **told,
         )
-        with writing(out / DATA):
+        with disk_errors(out / DATA):
             _move_model(checkpoint, spec, made, out, graph)
             shutil.move(made / CONFIG, out / CONFIG)
             for file in checkpoint.tokenizer_files:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shortstack.checkpoint import Checkpoint
+from shortstack.disk import disk_errors, require_space
 from shortstack.errors import MissingExtraError, ShortstackError
 from shortstack.families import expected_tensors
 from shortstack.progress import OnProgress, silent
@@ -20,8 +21,6 @@ from shortstack.shards import (
     Layout,
     ShardReader,
     ShardWriter,
-    check_space,
-    disk_errors,
     lay_out,
 )
 
@@ -64,7 +63,7 @@ def apply_plan(
     tensors. Raises ShortstackError for a plan that does not fit, and for a full disk.
     """
     surgery = prepare(checkpoint, plan)
-    check_space(out, surgery.layout.n_bytes)
+    require_space(out, surgery.layout.n_bytes)
     with disk_errors(out):
         with ShardReader(checkpoint) as reader, ShardWriter(out, surgery.layout) as writer:
             for done, name in enumerate(writer.names, 1):

@@ -193,7 +193,7 @@ def reference_here(request: dict[str, Any]) -> dict[str, Any]:
     """In the child: full forward passes, log-probabilities streamed to the file."""
     import numpy as np
 
-    from shortstack.export.disk import writing
+    from shortstack.disk import disk_errors
     from shortstack.export.verify import Tally, log_softmax
     from shortstack.runtimes import open_session
 
@@ -202,7 +202,7 @@ def reference_here(request: dict[str, Any]) -> dict[str, Any]:
     tally = Tally()
     with (
         open_session(path, "pytorch", threads=request["threads"], context_tokens=length) as session,
-        writing(out),
+        disk_errors(out),
         out.open("wb") as file,
     ):
         shape = (len(windows), length, session.vocab_size)

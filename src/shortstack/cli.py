@@ -4,7 +4,6 @@ turns errors into exit codes: 0 done, 1 an artifact failed its verification, 2 t
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import signal
@@ -16,9 +15,9 @@ from typing import Annotated, Any, NoReturn, ParamSpec
 import typer
 
 from shortstack import __version__
+from shortstack.disk import FULL
 from shortstack.errors import ShortstackError, one_line
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 P = ParamSpec("P")
 
 app = typer.Typer(
@@ -65,7 +64,7 @@ def user_errors(command: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt:
             _fail("interrupted. Finished steps are kept; the same command goes on from there.", 2)
         except OSError as error:
-            if error.errno not in DISK_FULL:
+            if error.errno not in FULL:
                 raise
             where = f" at {error.filename}" if error.filename else ""
             _fail(f"the disk is full{where}. Free some space or choose another -o.", 2)

@@ -16,6 +16,7 @@ from shortstack.checkpoint import Checkpoint
 from shortstack.devices.harness import Case, measure
 from shortstack.devices.report import ReportData, write_report
 from shortstack.devices.workload import Prompt
+from shortstack.disk import require_space
 from shortstack.errors import ShortstackError
 from shortstack.export import exporter
 from shortstack.intake import open_model, preview_model
@@ -96,7 +97,7 @@ def prune_model(
         expected = prune.predict_prune(preview.checkpoint, made)
         if dry_run:
             return {"drop": list(made.drop), **expected}
-        forecast.require_disk(out, expected["disk_bytes"] + preview.materialised_bytes)
+        require_space(out, expected["disk_bytes"] + preview.materialised_bytes)
     with opened(model, out, display) as checkpoint:
         made = _fitting_plan(drop, plan_file, checkpoint)
         key = step_key("prune", {"model": checkpoint.sha256, "drop": list(made.drop)})
@@ -145,7 +146,7 @@ def export(
         expected = exporter(spec.format).predict(preview.checkpoint, spec)
         if dry_run:
             return {"export": spec.slug, **expected}
-        forecast.require_disk(out, expected["disk_bytes"] + preview.materialised_bytes)
+        require_space(out, expected["disk_bytes"] + preview.materialised_bytes)
     corpus = open_corpus(text)
     with opened(model, out, display) as checkpoint:
         inputs = {"model": checkpoint.sha256, "text": corpus.sha256, "export": wanted.model_dump()}

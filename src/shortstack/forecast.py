@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from shortstack import prune
 from shortstack.certify import require_pytorch
 from shortstack.checkpoint import Checkpoint
+from shortstack.disk import require_space
 from shortstack.errors import ShortstackError
 from shortstack.export import exporter
 from shortstack.intake import Preview, preview_model
@@ -36,22 +36,9 @@ def refuse(recipe: Recipe, out: Path) -> None:
         return
     rows = predict_steps(recipe, preview)
     if not out.exists():
-        require_disk(out, max(row["disk_bytes"] for row in rows))
+        require_space(out, max(row["disk_bytes"] for row in rows), RESERVE_BYTES)
         # Everything but the peaks stays: the sum is what a whole run needs.
-        require_disk(out, sum(row["size_bytes"] for row in rows))
-
-
-def require_disk(out: Path, n_bytes: int) -> None:
-    """Raise ShortstackError if the disk of `out` has less than `n_bytes` and a reserve left."""
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < n_bytes + RESERVE_BYTES:
-        raise ShortstackError(
-            f"the disk of {out} is too full: {n_bytes / 1e6:.0f} MB are needed, "
-            f"{free / 1e6:.0f} MB are free. Free some space or choose another -o."
-        )
+        require_space(out, sum(row["size_bytes"] for row in rows), RESERVE_BYTES)
 
 
 def forecast(recipe: Recipe) -> dict[str, Any]:

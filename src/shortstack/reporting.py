@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shortstack.checkpoint import Checkpoint
-from shortstack.devices.host import describe
+from shortstack.devices.host import describe, libraries
 from shortstack.devices.measurement import Measurement
 from shortstack.devices.report import Entry, ModelFacts, Quality, ReportData, speedups
 from shortstack.devices.stats import median
@@ -19,11 +18,6 @@ from shortstack.runtimes import runtimes_for
 from shortstack.steps import Exported
 from shortstack.text import Corpus
 from shortstack.verification import Verification
-
-LIBRARIES = (
-    *("torch", "transformers", "safetensors", "tokenizers", "numpy"),
-    *("gguf", "llama-cpp-python", "onnx", "onnxruntime", "onnxruntime-genai"),
-)
 
 
 def collect(
@@ -52,7 +46,7 @@ def collect(
         quality=quality(exported, corpus),
         entries=tuple(_entry(e, records.get((e.label, e.spec))) for e in exported),
         host=describe(),
-        versions=versions(),
+        versions=libraries(),
         recipe=recipe.model_dump(mode="json"),
         command=command,
         created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -126,16 +120,6 @@ def figures(record: Measurement) -> dict[str, Any]:
         "peak_rss_bytes": median(peaks) if peaks else None,
         "flags": list(record.flags),
     }
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _entry(exported: Exported, measured: Measurement | None) -> Entry:

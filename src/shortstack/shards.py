@@ -7,10 +7,7 @@ first byte makes the written size exact in advance and the memory needed constan
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +19,6 @@ from shortstack.errors import ShortstackError
 MAX_SHARD_BYTES = 2**30
 CHUNK_BYTES = 2**24
 INDEX = "model.safetensors.index.json"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -166,30 +162,6 @@ class ShardReader:
         length = int.from_bytes(self._file.read(8), "little")
         self._header = json.loads(self._file.read(length))
         self._data_start = 8 + length
-
-
-@contextlib.contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk (or a file size limit) into an error that a user can mend."""
-    try:
-        yield
-    except Exception as error:
-        hidden = "No space left" in str(error)  # tokenizers and safetensors hide the errno
-        if not hidden and not (isinstance(error, OSError) and error.errno in FULL):
-            raise
-        raise ShortstackError(
-            f"disk full: cannot write to {folder.parent}. Free some space or choose another output."
-        ) from None
-
-
-def check_space(folder: Path, n_bytes: int) -> None:
-    """Refuse before the first byte what the disk cannot hold."""
-    free = shutil.disk_usage(folder).free
-    if n_bytes > free:
-        raise ShortstackError(
-            f"disk full: {folder.parent} has {free / 1e9:.2f} GB free, {n_bytes / 1e9:.2f} GB are "
-            "needed. Free some space or choose another output."
-        )
 
 
 def _header(tensors: dict[str, TensorInfo]) -> bytes:

@@ -18,11 +18,11 @@ from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.export import to_gguf
 from shortstack.export.gguf_vocab import (
-    PRE_TOKENIZERS,
-    TokenType,
+    RULE_NAMES,
     add_vocabulary,
     read_vocabulary,
 )
+from shortstack.pretokenizers import TokenType
 from shortstack.runtimes import open_session
 
 SPACE = "▁"
@@ -138,7 +138,7 @@ def edit_tokenizer(tiny: Path, folder: Path, **changes: Any) -> Path:
 
 
 def llama3_steps() -> dict[str, Any]:
-    pattern = next(steps for steps, name in PRE_TOKENIZERS.items() if name == "llama-bpe")[0]
+    pattern = next(steps for steps, name in RULE_NAMES.items() if name == "llama-bpe")[0]
     regex = pattern.removeprefix("split ")
     sequence = pre_tokenizers.Sequence(
         [

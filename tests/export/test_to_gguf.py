@@ -241,7 +241,7 @@ def test_too_little_space_is_told_before_the_work(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
-    with pytest.raises(ShortstackError, match="disk full: the export needs 1 MB"):
+    with pytest.raises(ShortstackError, match="disk full: 1 MB are needed"):
         to_gguf.export(checkpoint, spec("F32"), tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -11,13 +11,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import AutoTokenizer
 
 from shortstack.errors import ShortstackError
-from shortstack.intake.gguf_tokenizer import (
-    PRE_TOKENIZERS,
-    TokenType,
-    Vocabulary,
-    build_tokenizer,
-    write_tokenizer,
-)
+from shortstack.intake.gguf_tokenizer import Vocabulary, build_tokenizer, write_tokenizer
+from shortstack.pretokenizers import PRE_TOKENIZERS, TokenType
 
 from .conftest import NASTY, SPECIALS
 

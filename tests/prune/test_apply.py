@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from shortstack.checkpoint import Checkpoint
+from shortstack.disk import require_space
 from shortstack.errors import ShortstackError
 from shortstack.prune import PrunePlan, apply_plan, predict_prune
 from shortstack.prune.apply import prepare
-from shortstack.shards import ShardReader, ShardWriter, check_space
+from shortstack.shards import ShardReader, ShardWriter
 
 PLAN = PrunePlan(5, (1, 3), "explicit")
 TOKENS = torch.arange(24).reshape(2, 12) % 96
@@ -148,12 +149,12 @@ def test_a_full_disk_is_said_in_one_line(tiny: Path, out: Path) -> None:
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )
-    assert limited.stdout.startswith("disk full: cannot write to"), limited.stderr
+    assert limited.stdout.startswith("disk full while writing"), limited.stderr
 
 
 def test_a_disk_too_small_is_refused_before_the_first_byte(out: Path) -> None:
-    with pytest.raises(ShortstackError, match="disk full: .* GB free, .* GB are needed"):
-        check_space(out, 2 * shutil.disk_usage(out).total)
+    with pytest.raises(ShortstackError, match="disk full: .* MB are needed, .* MB free"):
+        require_space(out, 2 * shutil.disk_usage(out).total)
 
 
 @pytest.mark.parametrize(

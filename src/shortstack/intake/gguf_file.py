@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shortstack.checkpoint import Checkpoint
+from shortstack.disk import disk_errors, require_space
 from shortstack.errors import MissingExtraError, ShortstackError, one_line
 from shortstack.families import FAMILIES, Family, TensorRule, dims, expected_tensors
 from shortstack.intake import Preview
@@ -19,7 +20,7 @@ from shortstack.intake.gguf_config import ROPE_FACTORS, rebuild_config
 from shortstack.intake.gguf_tokenizer import write_tokenizer
 from shortstack.manifest import finished, staged, step_key, write_manifest
 from shortstack.progress import OnProgress, silent
-from shortstack.shards import Layout, ShardWriter, check_space, disk_errors, lay_out
+from shortstack.shards import Layout, ShardWriter, lay_out
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,7 +88,7 @@ class GgufModel:
     def write(self, out: Path, progress: OnProgress = silent) -> None:
         """Write weights, config.json and the tokenizer's files into the folder `out`."""
         layout = self.layout()
-        check_space(out, layout.n_bytes)
+        require_space(out, layout.n_bytes)
         source = {name: (tensor, rule) for name, tensor, rule, _ in self._plan}
         sizes = dims(self.config)
         with ShardWriter(out, layout) as writer:

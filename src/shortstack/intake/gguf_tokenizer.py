@@ -9,58 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shortstack.errors import MissingExtraError, ShortstackError
+from shortstack.pretokenizers import PRE_TOKENIZERS, TokenType
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
-
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-TEKKEN_SPLIT = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-class TokenType(IntEnum):
-    """`tokenizer.ggml.token_type`."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
-
-@dataclass(frozen=True)
-class PreTokenizer:
-    """How one named pre-tokenizer cuts text before byte-level BPE.
-
-    `split` is a regular expression; None means GPT-2's own, built into the byte-level step.
-    """
-
-    split: str | None = None
-    single_digits: bool = False
-    whole_words_first: bool = False
-    add_bos: bool = False
-
-
-PRE_TOKENIZERS = {
-    "gpt-2": PreTokenizer(),
-    "smollm": PreTokenizer(single_digits=True),
-    "llama-bpe": PreTokenizer(split=LLAMA3_SPLIT, whole_words_first=True, add_bos=True),
-    "llama3": PreTokenizer(split=LLAMA3_SPLIT, whole_words_first=True, add_bos=True),
-    "llama-v3": PreTokenizer(split=LLAMA3_SPLIT, whole_words_first=True, add_bos=True),
-    "tekken": PreTokenizer(split=TEKKEN_SPLIT, whole_words_first=True, add_bos=True),
-}
 
 
 @dataclass(frozen=True)

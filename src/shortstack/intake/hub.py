@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from shortstack.checkpoint import TOKENIZER_FILES, Checkpoint
+from shortstack.disk import disk_errors, require_space
 from shortstack.errors import MissingExtraError, ShortstackError, one_line
 from shortstack.intake import Preview
 from shortstack.manifest import finished, staged, step_key, write_manifest
 from shortstack.progress import OnProgress
-from shortstack.shards import INDEX, check_space, disk_errors
+from shortstack.shards import INDEX
 
 WANTED = ("config.json", "*.safetensors", INDEX, *TOKENIZER_FILES)
 UNWANTED = ("consolidated*", "*/*")
@@ -73,7 +74,7 @@ def _download(repository: str, revision: str, out: Path, progress: OnProgress) -
         commit = str(info.sha)
         sizes = wanted_files({f.rfilename: f.size or 0 for f in info.siblings or ()})
         total, done = sum(sizes.values()), 0
-        check_space(out, total)
+        require_space(out, total)
         for name, size in sizes.items():
             hf_hub_download(repository, name, revision=commit, local_dir=out)
             done += size
