@@ -325,16 +325,23 @@ def test_stage_by_stage(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     for name, model in (("original", tiny), ("pruned", pruned)):
         out = tmp_path / name / "gguf"
         folders.append(str(out))
-        assert main(["export", str(model), "--to", "gguf:Q8_0", "-o", str(out), "-q"]) == 0
+        export = ["export", str(model), "--to", "gguf:Q8_0", "-o", str(out), "-q"]
+        assert main([*export, "--threads", "1"]) == 0
         manifest = read_manifest(out)
         assert manifest is not None
         assert manifest["verification"]["tokenizer_equal"] is True
     capsys.readouterr()
     bench = ["bench", *folders, "-o", str(tmp_path / "bench"), "--repeats", "2", "--json"]
+    bench += ["--threads", "1"]
     assert main([*bench, "--prompt-tokens", "8", "--decode-tokens", "4"]) == 0
     measured = json.loads(capsys.readouterr().out)
     assert [m["label"] for m in measured["measurements"]] == ["original", "pruned"]
     assert measured["failures"] == []
+    tampered = next(Path(folders[0]).glob("*.gguf"))
+    data = bytearray(tampered.read_bytes())
+    data[-1] ^= 1
+    tampered.write_bytes(data)
+    assert "has changed since it was verified" in fails(bench, capsys)
 
 
 def test_a_report_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from shortstack.errors import ShortstackError
 from shortstack.manifest import check_ours, finished, staged, step_key, write_manifest
+from shortstack.progress import Quiet
+from shortstack.run_folder import RunFolder
 
 
 def build(folder: Path, key: str, content: str = "data") -> None:
@@ -34,6 +37,15 @@ def test_a_changed_file_makes_a_step_unfinished(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     build(folder, "key")
     (folder / "file").write_text("dat")
+    assert finished(folder, "key") is None
+
+
+def test_a_flipped_byte_is_noticed_and_a_copied_folder_is_not_suspected(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    build(folder, "key", "data")
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert finished(tmp_path / "copy", "key") is not None
+    (folder / "file").write_text("dada")
     assert finished(folder, "key") is None
 
 
@@ -70,3 +82,12 @@ def test_a_folder_that_is_not_ours_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ShortstackError, match="is a file, not a folder"):
         check_ours(file)
     assert file.read_text() == "precious"
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with RunFolder.claim(out, {}, Quiet()):  # noqa: SIM117  # the second claim must fail inside
+        with pytest.raises(ShortstackError, match="another shortstack is at work"):
+            RunFolder.claim(out, {}, Quiet()).__enter__()
+    with RunFolder.claim(out, {}, Quiet()):
+        pass

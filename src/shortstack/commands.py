@@ -221,10 +221,12 @@ def open_artifact(folder: Path) -> Artifact:
             f"{folder} is not an artifact folder: its shortstack.json has no artifact. "
             "Name a folder that shortstack export or run made."
         )
-    artifact = Artifact.from_dict(manifest["artifact"], folder)
-    if not artifact.path.exists():
-        raise ShortstackError(f"{artifact.path} is gone. Export it again.")
-    return artifact
+    if finished(folder, manifest["key"]) is None:
+        raise ShortstackError(
+            f"{folder} has changed since it was verified: a file is missing or differs from its "
+            "shortstack.json. Export it again."
+        )
+    return Artifact.from_dict(manifest["artifact"], folder)
 
 
 def _prompt_tokens(artifact: Artifact, documents: Sequence[str], count: int) -> tuple[int, ...]:

@@ -38,17 +38,35 @@ def finished(folder: Path, key: str) -> dict[str, Any] | None:
     manifest = read_manifest(folder)
     if manifest is None or manifest.get("key") != key:
         return None
-    for name, size in manifest["files"].items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != size:
-            return None
+    if not all(_unchanged(folder / name, facts) for name, facts in manifest["files"].items()):
+        return None
     return manifest
+
+
+def _unchanged(file: Path, facts: Mapping[str, Any]) -> bool:
+    """Size and time as written; where only the time differs (a copied folder), the content."""
+    if not file.is_file():
+        return False
+    now = file.stat()
+    if now.st_size != facts["size"]:
+        return False
+    same_time: bool = now.st_mtime_ns == facts["mtime_ns"]
+    return same_time or _sha256(file) == facts["sha256"]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_manifest(folder: Path, step: str, key: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Write `shortstack.json` beside the files it speaks of; returns what was written."""
     files = {
-        p.relative_to(folder).as_posix(): p.stat().st_size
+        p.relative_to(folder).as_posix(): {
+            "size": p.stat().st_size,
+            "mtime_ns": p.stat().st_mtime_ns,
+            "sha256": _sha256(p),
+        }
         for p in sorted(folder.rglob("*"))
         if p.is_file() and p.name != MANIFEST
     }

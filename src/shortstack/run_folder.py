@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shortstack import __version__
+from shortstack.errors import ShortstackError
 from shortstack.manifest import (
     MANIFEST,
     SCHEMA,
@@ -47,15 +49,16 @@ class RunFolder:
         made = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
         head = {"tool": "shortstack", "version": __version__, "schema": SCHEMA, "step": "run"}
-        write_text(path / MANIFEST, json.dumps({**head, **facts}, indent=2) + "\n")
-        try:
-            yield cls(path, display)
-        except BaseException:
-            if fresh and not any(p for p in path.iterdir() if p.name != MANIFEST):
-                (path / MANIFEST).unlink()
-                if made:
-                    shutil.rmtree(path)
-            raise
+        with _alone_in(path):
+            write_text(path / MANIFEST, json.dumps({**head, **facts}, indent=2) + "\n")
+            try:
+                yield cls(path, display)
+            except BaseException:
+                if fresh and not any(p for p in path.iterdir() if p.name != MANIFEST):
+                    (path / MANIFEST).unlink()
+                    if made:
+                        shutil.rmtree(path)
+                raise
 
     def holds(self, name: str, inputs: Mapping[str, Any]) -> bool:
         """Whether `build` would keep the folder `name`."""
@@ -80,3 +83,24 @@ class RunFolder:
             wall_s = time.perf_counter() - start
             manifest = write_manifest(partial, name, key, {**facts, "wall_s": round(wall_s, 3)})
         return folder, manifest
+
+
+@contextlib.contextmanager
+def _alone_in(path: Path) -> Iterator[None]:
+    """Hold a lock on the folder, which the kernel lets go of however the process ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two runs into one folder are the user's to avoid
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ShortstackError(
+                f"another shortstack is at work in {path}. Wait for it or choose another output."
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
