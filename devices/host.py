@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from shortstack.errors import ShortstackError
+
 LIBRARIES = (
     "torch",
     "transformers",
@@ -99,6 +101,12 @@ def usable_cores() -> int:
     siblings = {_read(CPU / f"cpu{n}/topology/thread_siblings_list") or n for n in _affinity()}
     quota = _cgroup_cores()
     return max(1, min(len(siblings), int(quota) if quota else len(siblings)))
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse more threads than there are processors: spinning ones would wait for each other."""
+    if threads is not None and threads > (limit := os.cpu_count() or 1):
+        raise ShortstackError(f"{threads} threads are asked for, there are {limit} processors.")
 
 
 def _affinity() -> list[int]:

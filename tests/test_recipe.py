@@ -40,6 +40,7 @@ def test_demo_is_shipped() -> None:
         ({"prune": {}}, "prune.drop is missing"),
         ({"export": []}, "export: Tuple should have at least 1 item"),
         ({"bench": {"repeats": 0}}, "bench.repeats: Input should be greater than or equal to 2"),
+        ({"verify": {"window_tokens": 64, "decode_tokens": 64}}, "leave nothing to prefill"),
         ({"export": [{"to": "gguf"}]}, "is not FORMAT:PRECISION"),
         ({"export": [{"to": "gguf:F16"}, {"to": "gguf:F16"}]}, "gguf-f16 is listed twice"),
     ],

@@ -14,6 +14,7 @@ from shortstack.artifact import Artifact
 from shortstack.certify import make_reference, require_pytorch
 from shortstack.checkpoint import Checkpoint
 from shortstack.devices.harness import Case, measure
+from shortstack.devices.host import check_threads
 from shortstack.devices.report import ReportData, write_report
 from shortstack.devices.workload import Prompt
 from shortstack.disk import require_space
@@ -139,6 +140,7 @@ def export(
 ) -> dict[str, Any]:
     """Export one artifact into the folder `out`, proven or not at all."""
     check_ours(out)
+    check_threads(threads)
     require_pytorch()
     spec, checks = wanted.spec, VerifyRecipe()
     preview = forecast.preview_or_refuse(model) if dry_run else preview_model(model)
@@ -174,6 +176,7 @@ def bench(
 ) -> dict[str, Any]:
     """Measure artifact folders in turn; one record a file in `out`."""
     check_ours(out)
+    check_threads(choice.threads)
     artifacts = [open_artifact(folder) for folder in folders]
     corpus = open_corpus(text)
     tokens = _prompt_tokens(artifacts[0], corpus.test, choice.prompt_tokens)

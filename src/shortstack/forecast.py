@@ -10,6 +10,7 @@ from typing import Any
 from shortstack import prune
 from shortstack.certify import require_pytorch
 from shortstack.checkpoint import Checkpoint
+from shortstack.devices.host import check_threads
 from shortstack.disk import require_space
 from shortstack.errors import ShortstackError
 from shortstack.export import exporter
@@ -29,16 +30,34 @@ def refuse(recipe: Recipe, out: Path) -> None:
     folder that is not ours, and a disk that cannot hold the result.
     """
     check_ours(out)
+    check_threads(recipe.bench.threads)
     require_pytorch()
     preview = preview_model(recipe.model)
     if preview is None:  # a hub model: its size is checked when it is downloaded
         prune.planner(recipe.prune.method)
         return
+    check_context(recipe, preview.checkpoint)
     rows = predict_steps(recipe, preview)
     if not out.exists():
         require_space(out, max(row["disk_bytes"] for row in rows), RESERVE_BYTES)
         # Everything but the peaks stays: the sum is what a whole run needs.
         require_space(out, sum(row["size_bytes"] for row in rows), RESERVE_BYTES)
+
+
+def check_context(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Refuse to run a model beyond the positions that it was made for."""
+    context = checkpoint.config.get("max_position_embeddings")
+    wanted = {
+        "prune.window_tokens": recipe.prune.window_tokens,
+        "verify.window_tokens": recipe.verify.window_tokens,
+        "bench.prompt_tokens + decode_tokens": recipe.bench.prompt_tokens
+        + recipe.bench.decode_tokens,
+    }
+    for name, n_tokens in wanted.items():
+        if context is not None and n_tokens > context:
+            raise ShortstackError(
+                f"{name} is {n_tokens}, the model's context is {context} tokens. Ask for less."
+            )
 
 
 def forecast(recipe: Recipe) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shortstack.artifact import ExportSpec
 from shortstack.errors import ShortstackError, one_line, unknown
@@ -55,6 +55,15 @@ class VerifyRecipe(_Strict):
     windows: int = Field(8, ge=1)
     window_tokens: int = Field(256, ge=16)
     decode_tokens: int = Field(64, ge=1)
+
+    @model_validator(mode="after")
+    def _leaves_a_prompt(self) -> VerifyRecipe:
+        if self.decode_tokens >= self.window_tokens:
+            raise ValueError(
+                f"decode_tokens {self.decode_tokens} leave nothing to prefill of "
+                f"window_tokens {self.window_tokens}; make decode_tokens smaller"
+            )
+        return self
 
 
 class BenchRecipe(_Strict):
@@ -140,6 +149,8 @@ def _explain(name: str, error: ValidationError) -> ShortstackError:
         return ShortstackError(f"{name}: in {at}: {wrong}")
     if first["type"] == "missing":
         return ShortstackError(f"{name}: {where} is missing. Add it.")
+    if first["type"] == "value_error":
+        return ShortstackError(f"{name}: {where}: {first['msg'].removeprefix('Value error, ')}.")
     return ShortstackError(f"{name}: {where}: {first['msg']}, got {first['input']!r}.")
 
 
