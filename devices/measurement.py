@@ -16,6 +16,8 @@ from shortstack.errors import ShortstackError
 SCHEMA = 1
 NOISY_SPREAD = 0.05
 BUSY_SHARE = 0.10
+SURE_REPEATS = 6
+"""From so many on, the range of the rounds covers the median with at least 95 %."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,11 @@ def _flags(measurement: Measurement) -> list[str]:
     trials = measurement.trials
     if trials and len(trials) < measurement.workload.repeats:
         flags.append(f"only {len(trials)} of {measurement.workload.repeats} trials")
+    if trials and measurement.workload.repeats < SURE_REPEATS:
+        flags.append(
+            f"few repeats: intervals of {measurement.workload.repeats} rounds are their range and "
+            "cover less than 95 %"
+        )
     rates = measurement.decode_tokens_per_s
     if len(rates) > 1 and (cv := spread(rates)) > NOISY_SPREAD:
         flags.append(f"noisy: decode speed varies by {100 * cv:.0f} % between trials")

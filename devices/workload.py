@@ -32,7 +32,7 @@ class Workload:
     warmup_prompt_tokens: int = 128
     """Warm-up prefills this much of the prompt, or all of it where it is shorter."""
     warmup_decode_tokens: int = 8
-    repeats: int = 5
+    repeats: int = 6
     memory_repeats: int = 2
     threads: int = field(default_factory=usable_cores)
 

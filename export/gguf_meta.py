@@ -11,51 +11,19 @@ from numpy.typing import NDArray
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
-
-ROPE_TYPES = ("default", "linear", "llama3")
-
-
-def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotation settings, from transformers 5's `rope_parameters` or the older two fields."""
-    given = config.get("rope_parameters")
-    if given is None:
-        given = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
-    kind = given.get("rope_type") or given.get("type") or "default"
-    theta = given.get("rope_theta") or config.get("rope_theta") or 10000.0
-    return {**given, "rope_type": kind, "rope_theta": float(theta)}
+from shortstack.families import check_rope, context_tokens, rope_parameters
 
 
 def check_config(checkpoint: Checkpoint) -> None:
     """Raise ShortstackError for a setting that llama.cpp's llama architecture lacks."""
     config = checkpoint.config
-    kind = rope_parameters(config)["rope_type"]
-    if kind not in ROPE_TYPES:
-        raise ShortstackError(
-            f"{checkpoint.path}: rope scaling {kind!r} cannot be written to GGUF. "
-            f"Known: {', '.join(ROPE_TYPES)}. Export to onnx instead."
-        )
+    check_rope(config)
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ShortstackError(
             f"{checkpoint.path}: hidden_act is {activation!r}; llama.cpp's llama models have silu "
             "only. Export to onnx instead."
         )
-
-
-def context_length(config: Mapping[str, Any]) -> tuple[int, str | None]:
-    """The context to declare, and a note where a sliding window shortens it.
-
-    llama.cpp's llama architecture attends to everything; a model with a window agrees with it
-    only on texts no longer than the window.
-    """
-    longest = int(config.get("max_position_embeddings", 2048))
-    window = config.get("sliding_window")
-    if window and int(window) < longest:
-        return int(window), (
-            f"context_length is {window}, the sliding window, not {longest}: llama.cpp's llama "
-            "architecture has no window"
-        )
-    return longest, None
 
 
 def rope_factors(rope: Mapping[str, Any], head_dim: int) -> NDArray[np.float32]:
@@ -82,7 +50,7 @@ def add_metadata(writer: Any, checkpoint: Checkpoint, name: str, file_type: int)
     writer.add_name(name)
     writer.add_file_type(file_type)
     writer.add_vocab_size(sizes["vocab"])
-    writer.add_context_length(context_length(config)[0])
+    writer.add_context_length(context_tokens(config) or 2048)
     writer.add_embedding_length(sizes["d"])
     writer.add_block_count(sizes["layers"])
     writer.add_feed_forward_length(sizes["ff"])

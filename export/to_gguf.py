@@ -19,14 +19,12 @@ from shortstack.errors import MissingExtraError, ShortstackError, require, unkno
 from shortstack.export.gguf_meta import (
     add_metadata,
     check_config,
-    context_length,
     rope_factors,
-    rope_parameters,
 )
 from shortstack.export.gguf_quantize import quantize
 from shortstack.export.gguf_vocab import add_vocabulary, read_vocabulary
 from shortstack.export.weights import Array, Weights, interleave_rope, to_bfloat16
-from shortstack.families import TensorRule, expected_tensors
+from shortstack.families import TensorRule, expected_tensors, rope_parameters, window_note
 from shortstack.progress import OnProgress, silent
 
 F16_MAX = 65504.0
@@ -147,7 +145,7 @@ def export(
     require_space(out, predict(checkpoint, spec)["disk_bytes"])
     target = out / f"model-{spec.precision}.gguf"
     vocabulary = read_vocabulary(checkpoint.path, checkpoint.dims["vocab"])
-    notes = [note for note in (context_length(checkpoint.config)[1], vocabulary.note) if note]
+    notes = [*window_note(checkpoint.config), *filter(None, (vocabulary.note,))]
     if _needs_quantizer(spec):
         source = out / "intermediate.gguf"
         try:

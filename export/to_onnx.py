@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from shortstack.checkpoint import Checkpoint, hash_files
 from shortstack.disk import disk_errors, require_space
 from shortstack.errors import MissingExtraError, ShortstackError, require, unknown
 from shortstack.export.onnx_build import build
+from shortstack.families import check_rope, context_tokens, window_note
 from shortstack.progress import OnProgress, silent
 
 MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "genai_config.json"
@@ -57,6 +59,7 @@ def check(checkpoint: Checkpoint, spec: ExportSpec) -> None:
     require(packages, "onnx", "the export to ONNX")
     if spec.precision not in PRECISIONS:
         raise unknown("ONNX precision", spec.precision, PRECISIONS)
+    check_rope(checkpoint.config)
     allowed = dict(PRECISIONS[spec.precision].defaults)
     for option, value in spec.options:
         if option not in OPTIONS:
@@ -133,7 +136,7 @@ def export(
         )
         with disk_errors(out / DATA):
             _move_model(checkpoint, spec, made, out, graph)
-            shutil.move(made / CONFIG, out / CONFIG)
+            _move_config(checkpoint, made / CONFIG, out / CONFIG)
             for file in checkpoint.tokenizer_files:
                 shutil.copyfile(file, out / file.name)
     finally:
@@ -148,7 +151,7 @@ def export(
         weight_bytes_per_token=graph.bytes_per_token(out / MODEL),
         sha256=hash_files(out, [MODEL, DATA, CONFIG]),
         source_sha256=checkpoint.sha256,
-        notes=_notes(spec),
+        notes=(*window_note(checkpoint.config), *_notes(spec)),
     )
 
 
@@ -168,6 +171,15 @@ def _move_model(
         return
     for name in (MODEL, DATA):
         shutil.move(made / name, out / name)
+
+
+def _move_config(checkpoint: Checkpoint, made: Path, out: Path) -> None:
+    """Cut the context at a sliding window: the built graph attends to everything."""
+    content = json.loads(made.read_text(encoding="utf-8"))
+    context = context_tokens(checkpoint.config)
+    if context is not None and context < content["model"]["context_length"]:
+        content["model"]["context_length"] = content["search"]["max_length"] = context
+    out.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
 
 
 def _told(checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, Any]:

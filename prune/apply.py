@@ -11,7 +11,7 @@ from typing import Any
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.disk import disk_errors, require_space
-from shortstack.errors import MissingExtraError, ShortstackError
+from shortstack.errors import MissingExtraError, ShortstackError, one_line
 from shortstack.families import expected_tensors
 from shortstack.progress import OnProgress, silent
 from shortstack.prune.per_layer import cut_config
@@ -88,11 +88,17 @@ def check_loadable(checkpoint: Checkpoint) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:
         raise MissingExtraError("transformers", "prune", "checking a pruned model") from None
-    config = AutoConfig.from_pretrained(
-        checkpoint.path, local_files_only=True, trust_remote_code=False
-    )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(
+            checkpoint.path, local_files_only=True, trust_remote_code=False
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # what transformers raises for a bad field has no class in common
+        raise ShortstackError(
+            f"transformers refuses config.json: {type(error).__name__}: "
+            f"{one_line(str(error), 300)} Mend the field or download the folder again."
+        ) from None
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     held = {name: info.shape for name, info in checkpoint.tensors.items()}
     if checkpoint.tied:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from shortstack.checkpoint import Checkpoint
-from shortstack.errors import MissingExtraError, ShortstackError, unknown
+from shortstack.errors import MissingExtraError, ShortstackError, one_line, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -132,6 +132,11 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             use_safetensors=True,
             dtype=dtype,
         )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ShortstackError(
+            f"transformers cannot open {checkpoint.path}: {one_line(str(error), 300)} "
+            "Mend config.json or download the folder again."
+        ) from None
     finally:
         if bars:
             logging.enable_progress_bar()

@@ -325,7 +325,7 @@ def test_stage_by_stage(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["prune", str(tiny), "--plan", str(plan), "-o", str(pruned), "-q"]) == 0
     folders = []
     for name, model in (("original", tiny), ("pruned", pruned)):
-        out = tmp_path / name / "gguf"
+        out = tmp_path / "gguf" / name
         folders.append(str(out))
         export = ["export", str(model), "--to", "gguf:Q8_0", "-o", str(out), "-q"]
         assert main([*export, "--threads", "1"]) == 0
@@ -344,6 +344,85 @@ def test_stage_by_stage(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     data[-1] ^= 1
     tampered.write_bytes(data)
     assert "has changed since it was verified" in fails(bench, capsys)
+
+
+@pytest.mark.parametrize("command", ["plan", "prune", "export", "run"])
+def test_an_input_is_never_written_over(
+    command: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = copy(tiny, tmp_path / "model")
+    before = {p: p.read_bytes() for p in model.iterdir()}
+    args = {
+        "plan": ["plan", str(model), "--drop", "2", "-o", str(model / "config.json")],
+        "prune": ["prune", str(model), "--drop", "2", "-o", str(model / "pruned")],
+        "export": ["export", str(model), "--to", "gguf:F16", "-o", str(model / "gguf")],
+        "run": ["run", str(write_recipe(tmp_path, model)), "-o", str(model / "out")],
+    }[command]
+    message = fails(args, capsys)
+    assert "is not overwritten" in message or "overlap" in message
+    assert {p: p.read_bytes() for p in model.iterdir()} == before
+
+
+def test_the_result_of_another_command_is_not_replaced(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "pruned"
+    assert main(["prune", str(tiny), "--drop", "2", "-o", str(out), "-q"]) == 0
+    export = ["export", str(tiny), "--to", "gguf:F16", "-o", str(out)]
+    assert "holds the result of another command (prune)" in fails(export, capsys)
+    (out / "notes.txt").write_text("mine")
+    prune = ["prune", str(tiny), "--drop", "3", "-o", str(out)]
+    assert "holds notes.txt, which shortstack did not make" in fails(prune, capsys)
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": "six"}, "is no number"),
+        ({"head_dim": "x"}, "is no number"),
+        ({"rms_norm_eps": "a"}, "transformers refuses config.json"),
+        ({"rope_parameters": "x"}, "config.json"),
+    ],
+)
+def test_a_config_of_nonsense_gives_one_line(
+    fields: dict[str, object],
+    message: str,
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = change_config(copy(tiny, tmp_path / "model"), **fields)
+    args = ["prune", str(model), "--drop", "2", "-o", str(tmp_path / "out"), "-q"]
+    assert message in fails(args, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_places_that_cannot_be_written_give_one_line(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    args = ["prune", str(tiny), "--drop", "2", "-q", "-o"]
+    assert "is a file" in fails([*args, str(file)], capsys)
+    assert "file" in fails([*args, str(file / "below")], capsys)
+    assert file.read_text() == "x"
+    folder, link = tmp_path / "empty", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    assert main([*args, str(link)]) == 0
+    assert read_manifest(folder) is not None
+
+
+def test_bad_options_give_one_line(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["-o", str(tmp_path / "out")]
+    export = ["export", str(tiny), "--to", "gguf:Q8_0", *out]
+    assert "greater than 1" in fails([*export, "--max-perplexity-ratio", "0.1"], capsys)
+    assert "finite" in fails([*export, "--max-perplexity-ratio", "inf"], capsys)
+    plan = ["plan", str(tiny), *out, "--drop"]
+    assert "cannot drop 999999999999 of 6 layers" in fails([*plan, "999999999999"], capsys)
 
 
 def test_a_report_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

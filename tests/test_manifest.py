@@ -14,13 +14,13 @@ from shortstack.run_folder import RunFolder
 
 
 def build(folder: Path, key: str, content: str = "data") -> None:
-    with staged(folder) as partial:
+    with staged(folder, "step") as partial:
         (partial / "file").write_text(content)
         write_manifest(partial, "step", key, {})
 
 
 def fail_halfway(folder: Path, error: type[BaseException]) -> None:
-    with staged(folder) as partial:
+    with staged(folder, "step") as partial:
         (partial / "file").write_text("half")
         raise error
 
@@ -80,7 +80,7 @@ def test_a_folder_that_is_not_ours_is_refused(tmp_path: Path) -> None:
         build(tmp_path, "key")
     file = tmp_path / "thesis.txt"
     with pytest.raises(ShortstackError, match="is a file, not a folder"):
-        check_ours(file)
+        check_ours(file, "step")
     assert file.read_text() == "precious"
 
 

@@ -181,3 +181,18 @@ def test_a_gate_that_is_missed_removes_the_file_and_is_reported(tiny: Path, tmp_
     assert not (out / "pruned" / "gguf-q4_0").exists()
     assert (out / "pruned" / "gguf-f16").is_dir()
     assert "the gate is 1.0001" in (out / "report.md").read_text()
+
+
+def test_a_gate_tightened_later_removes_what_passed_the_looser_one(
+    done: tuple[Path, dict[str, Any]], tiny: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(done[0], out)
+    assert (out / "original" / "gguf-q8_0").is_dir()
+    strict = [{"to": "gguf:Q8_0", "max_perplexity_ratio": 1.0000001}]
+    result = pipeline.run(recipe(tiny, export=strict), out, Recorder())
+    for label in ("original", "pruned"):
+        manifest = read_manifest(out / label / "gguf-q8_0")
+        assert manifest is None or manifest["bounds"]["max_perplexity_ratio"] == 1.0000001
+    # PyTorch measured both models, whatever became of the files.
+    assert result["perplexity"] is not None

@@ -99,9 +99,9 @@ class ReportData:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ReportData:
         """Read what `to_dict` wrote. Raises ShortstackError for another schema or damage."""
-        if data.get("schema") != SCHEMA:
+        if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
             raise ShortstackError(
-                f"this report has schema {data.get('schema')!r}, this shortstack reads {SCHEMA}. "
+                f"this report has schema {_schema(data)!r}, this shortstack reads {SCHEMA}. "
                 "Update shortstack, or run it again."
             )
         try:
@@ -113,6 +113,10 @@ class ReportData:
             return cls(**rest)
         except (KeyError, TypeError) as error:
             raise ShortstackError(f"this report is damaged: {error}. Run it again.") from None
+
+
+def _schema(data: Any) -> Any:
+    return data.get("schema") if isinstance(data, Mapping) else None
 
 
 def _entry_dict(entry: Entry) -> dict[str, Any]:

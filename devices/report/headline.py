@@ -12,6 +12,8 @@ from shortstack.devices.stats import Interval
 
 SAME = 0.005
 """Perplexities closer than this share are called equal."""
+NOISE = 1.5
+"""An interval whose ends differ by more than this factor tells nothing."""
 LISTED = 3
 """Up to so many exports are named one by one."""
 
@@ -67,12 +69,14 @@ def _speed(comparisons: Sequence[Comparison], names: Mapping[str, str]) -> str:
         unsure = sum(_unsure(speed) for _, speed in known)
         tail = f" (in {unsure} of {len(known)} within the error of no change)" if unsure else ""
         return f"decode speed is {words} {TIMES}{tail}"
-    each = [
-        f"{factor(speed)}{' (no change within the error)' if _unsure(speed) else ''} "
-        f"as {names.get(c.spec, c.spec)} in {c.runtime}"
-        for c, speed in known
-    ]
+    each = [f"{_said(speed)} as {names.get(c.spec, c.spec)} in {c.runtime}" for c, speed in known]
     return f"decode speed is {', '.join(each)}"
+
+
+def _said(speed: Interval) -> str:
+    if speed.high > NOISE * speed.low:
+        return "too noisy to tell"
+    return f"{factor(speed)}{' (no change within the error)' if _unsure(speed) else ''}"
 
 
 def _unsure(speed: Interval) -> bool:

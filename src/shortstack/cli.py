@@ -4,6 +4,7 @@ turns errors into exit codes: 0 done, 1 an artifact failed its verification, 2 t
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import signal
@@ -18,6 +19,11 @@ from shortstack import __version__
 from shortstack.disk import FULL
 from shortstack.errors import ShortstackError, one_line
 
+UNWRITABLE = (
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+)
+"""What the system says of a place that cannot be written or read."""
 P = ParamSpec("P")
 
 app = typer.Typer(
@@ -62,12 +68,16 @@ def user_errors(command: Callable[P, None]) -> Callable[P, None]:
         except ShortstackError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            _fail("interrupted. Finished steps are kept; the same command goes on from there.", 2)
+            _fail(
+                "interrupted. Nothing half-written is left; run the same command to go on.",
+                2,
+            )
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno in FULL:
+                _fail("disk full. Free some space or choose another -o.", 2)
+            if error.errno not in UNWRITABLE:
                 raise
-            where = f" at {error.filename}" if error.filename else ""
-            _fail(f"the disk is full{where}. Free some space or choose another -o.", 2)
+            _fail(f"cannot use {error.filename}: {error.strerror}. Choose another place.", 2)
         finally:
             signal.signal(signal.SIGTERM, previous)
 
@@ -127,9 +137,11 @@ def plan(
 ) -> None:
     """Choose the layers to drop; write the choice and its scores as JSON."""
     from shortstack import commands, terminal
-    from shortstack.recipe import PruneRecipe
+    from shortstack.recipe import PruneRecipe, part
 
-    choice = PruneRecipe(method=method, drop=drop, windows=windows, window_tokens=window_tokens)
+    choice = part(
+        PruneRecipe, method=method, drop=drop, windows=windows, window_tokens=window_tokens
+    )
     result = commands.plan(
         model, choice, text, out, dry_run=dry_run, display=terminal.display(quiet or as_json)
     )
@@ -173,10 +185,10 @@ def export(
     """Export a model and prove the artifact against PyTorch in its own runtime."""
     from shortstack import commands, terminal
     from shortstack.devices.host import usable_cores
-    from shortstack.recipe import ExportRecipe
+    from shortstack.recipe import ExportRecipe, part
 
     options = dict(commands.split_option(item) for item in option or ())
-    wanted = ExportRecipe(to=to, options=options, max_perplexity_ratio=max_perplexity_ratio)
+    wanted = part(ExportRecipe, to=to, options=options, max_perplexity_ratio=max_perplexity_ratio)
     result = commands.export(
         model,
         wanted,
@@ -197,20 +209,26 @@ def bench(
     text: Text = "spdx",
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     decode_tokens: Annotated[int, typer.Option(min=2)] = 64,
-    repeats: Annotated[int, typer.Option(min=2)] = 5,
+    repeats: Annotated[int, typer.Option(min=2)] = 6,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure artifacts in fresh processes, in turn; keep every sample."""
     from shortstack import commands, terminal
-    from shortstack.recipe import BenchRecipe
+    from shortstack.recipe import BenchRecipe, part
 
-    workload = BenchRecipe(
-        prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, repeats=repeats, threads=threads
+    workload = part(
+        BenchRecipe,
+        prompt_tokens=prompt_tokens,
+        decode_tokens=decode_tokens,
+        repeats=repeats,
+        threads=threads,
     )
     result = commands.bench(artifacts, workload, text, out, terminal.display(quiet or as_json))
     _answer(result, as_json, lambda: terminal.print_bench(result, quiet))
+    if result["failures"]:
+        raise typer.Exit(1)
 
 
 @app.command()

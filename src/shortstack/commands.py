@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from shortstack.devices.workload import Prompt
 from shortstack.disk import require_space
 from shortstack.errors import ShortstackError
 from shortstack.export import exporter
-from shortstack.intake import open_model, preview_model
+from shortstack.intake import model_paths, open_model, preview_model
 from shortstack.manifest import (
+    check_apart,
     check_ours,
     finished,
     read_manifest,
@@ -47,11 +48,14 @@ def split_option(text: str) -> tuple[str, str]:
 @contextlib.contextmanager
 def opened(model: str, near: Path, display: Display) -> Iterator[Checkpoint]:
     """Open a model; one that has to be made into a folder first lies beside `near` meanwhile."""
-    near.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".shortstack-", dir=near.absolute().parent) as folder:
+    folder = near.absolute().parent / f".{near.name}.model.partial"
+    shutil.rmtree(folder, ignore_errors=True)  # what a hard kill left
+    try:
         with display.step("Open the model") as progress:
-            checkpoint = open_model(model, Path(folder) / "model", progress=progress)
+            checkpoint = open_model(model, folder / "model", progress=progress)
         yield checkpoint
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def plan(
@@ -60,6 +64,8 @@ def plan(
     """Choose layers and write the plan to the file `out`."""
     if out.is_dir():
         raise ShortstackError(f"{out} is a folder; the plan is one file. Name one, e.g. plan.json.")
+    if out.exists():
+        _read_plan(out, f"{out} exists and is no plan: it is not overwritten. Name another file.")
     preview = preview_model(model)
     if preview is not None:
         forecast.preview_cut(preview.checkpoint, choice)
@@ -75,6 +81,7 @@ def plan(
     corpus = open_corpus(text)
     with opened(model, out, display) as checkpoint, display.step("Choose layers") as progress:
         made = steps.choose_layers(checkpoint, choice, corpus, progress)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
     write_text(out, made.to_json())
     return {"plan": str(out), **json.loads(made.to_json())}
 
@@ -91,7 +98,8 @@ def prune_model(
     """Cut the layers of `drop` or of a plan file; `out` becomes a Hugging Face folder."""
     if (drop is None) == (plan_file is None):
         raise ShortstackError("say what to drop: --drop 11-15,20 or --plan plan.json, one of them.")
-    check_ours(out)
+    check_ours(out, "prune")
+    check_apart(out, model_paths(model))
     preview = forecast.preview_or_refuse(model) if dry_run else preview_model(model)
     if preview is not None:
         made = _fitting_plan(drop, plan_file, preview.checkpoint)
@@ -104,22 +112,24 @@ def prune_model(
         key = step_key("prune", {"model": checkpoint.sha256, "drop": list(made.drop)})
         kept = finished(out, key)
         if kept is None:
-            with display.step("Cut the layers") as progress, staged(out) as partial:
+            with display.step("Cut the layers") as progress, staged(out, "prune") as partial:
                 pruned = prune.apply_plan(checkpoint, made, partial, progress=progress)
                 facts = steps.cut_facts(checkpoint, made, pruned)
                 kept = write_manifest(partial, "prune", key, facts)
     return {"checkpoint": str(out), **_facts(kept)}
 
 
+def _read_plan(file: Path, otherwise: str) -> PrunePlan:
+    try:
+        return PrunePlan.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ShortstackError):
+        raise ShortstackError(otherwise) from None
+
+
 def _fitting_plan(drop: str | None, plan_file: Path | None, checkpoint: Checkpoint) -> PrunePlan:
     if plan_file is None:
         return PrunePlan(checkpoint.n_layers, parse_drop(drop or ""), "explicit")
-    try:
-        made = PrunePlan.from_json(plan_file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ShortstackError(
-            f"cannot read the plan {plan_file}: {type(error).__name__}. Run: shortstack plan"
-        ) from None
+    made = _read_plan(plan_file, f"{plan_file} is no plan that can be read. Run: shortstack plan")
     if made.n_layers != checkpoint.n_layers:
         raise ShortstackError(
             f"the plan {plan_file} is for {made.n_layers} layers, the model has "
@@ -139,12 +149,15 @@ def export(
     display: Display,
 ) -> dict[str, Any]:
     """Export one artifact into the folder `out`, proven or not at all."""
-    check_ours(out)
+    check_ours(out, "export")
+    check_apart(out, model_paths(model))
     check_threads(threads)
     require_pytorch()
-    spec, checks = wanted.spec, VerifyRecipe()
+    spec = wanted.spec
     preview = forecast.preview_or_refuse(model) if dry_run else preview_model(model)
+    checks = VerifyRecipe()
     if preview is not None:
+        checks = forecast.fitting_checks(preview.checkpoint)
         expected = exporter(spec.format).predict(preview.checkpoint, spec)
         if dry_run:
             return {"export": spec.slug, **expected}
@@ -155,7 +168,7 @@ def export(
         key = step_key("export", inputs)
         kept = finished(out, key)
         if kept is None:
-            with staged(out) as partial:
+            with staged(out, "export") as partial:
                 log_probs = partial / "log_probs.npy"
                 windows = steps.unseen_windows(checkpoint, corpus, checks)
                 with display.step("Run the model in PyTorch") as progress:
@@ -175,7 +188,8 @@ def bench(
     folders: Sequence[Path], choice: BenchRecipe, text: str, out: Path, display: Display
 ) -> dict[str, Any]:
     """Measure artifact folders in turn; one record a file in `out`."""
-    check_ours(out)
+    check_ours(out, "bench")
+    check_apart(out, folders)
     check_threads(choice.threads)
     artifacts = [open_artifact(folder) for folder in folders]
     corpus = open_corpus(text)
@@ -186,7 +200,7 @@ def bench(
         Case(label, artifact, runtimes_for(artifact.format)[0])
         for label, artifact in zip(labels, artifacts, strict=True)
     ]
-    with staged(out) as partial:
+    with staged(out, "bench") as partial:
         with display.step("Measure, in turn") as progress:
             measured = measure(cases, steps.to_workload(choice), prompt, progress=progress)
         steps.write_measurements(partial, measured)
@@ -229,7 +243,10 @@ def open_artifact(folder: Path) -> Artifact:
             f"{folder} has changed since it was verified: a file is missing or differs from its "
             "shortstack.json. Export it again."
         )
-    return Artifact.from_dict(manifest["artifact"], folder)
+    try:
+        return Artifact.from_dict(manifest["artifact"], folder)
+    except (KeyError, TypeError):
+        raise ShortstackError(f"{folder}/shortstack.json is damaged. Export it again.") from None
 
 
 def _prompt_tokens(artifact: Artifact, documents: Sequence[str], count: int) -> tuple[int, ...]:
@@ -257,8 +274,7 @@ def report(run_folder: Path, out: Path) -> dict[str, Any]:
             "Run: shortstack run RECIPE -o OUT"
         ) from None
     if out != run_folder:
-        check_ours(out)
-        with staged(out) as partial:
+        with staged(out, "report") as partial:
             write_report(data, partial)
             write_manifest(partial, "report", step_key("report", {"of": data.to_dict()}), {})
     else:

@@ -41,9 +41,9 @@ def require_space(place: Path, n_bytes: int, reserve_bytes: int = 0) -> None:
     existing = place.absolute()
     while not existing.exists():
         existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < n_bytes + reserve_bytes:
+    free, wanted = shutil.disk_usage(existing).free, n_bytes + reserve_bytes
+    if free < wanted:
         raise ShortstackError(
-            f"disk full: {n_bytes / 1e6:,.0f} MB are needed, {existing} has {free / 1e6:,.0f} MB "
+            f"disk full: {wanted / 1e6:,.0f} MB are needed, {existing} has {free / 1e6:,.0f} MB "
             "free. Free some space or choose an output on another disk."
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shortstack.errors import ShortstackError
+from shortstack.errors import ShortstackError, one_line
 
 REFUSED = {
     "mixture-of-experts": ("num_experts", "num_local_experts", "n_routed_experts"),
@@ -132,6 +132,32 @@ def dims(config: Mapping[str, Any]) -> dict[str, int]:
             f"config.json has no field {missing}; it is needed to check the tensors. "
             "Download the folder again."
         ) from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ShortstackError(
+            f"config.json has a size that is no number: {one_line(str(error))}. "
+            "Download the folder again."
+        ) from None
+
+
+def context_tokens(config: Mapping[str, Any]) -> int | None:
+    """How many tokens every runtime can run and agree on; None if the config does not say.
+
+    A sliding window ends it: llama.cpp's llama architecture and onnxruntime-genai's builder
+    attend to everything, so beyond the window they compute another model.
+    """
+    limits = [config.get("max_position_embeddings"), config.get("sliding_window")]
+    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    return min(known, default=None)
+
+
+def window_note(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What to say of an artifact whose context a sliding window shortens."""
+    context, longest = context_tokens(config), config.get("max_position_embeddings")
+    if context is None or context == longest:
+        return ()
+    return (
+        f"context_length is {context}, the sliding window, not {longest}: there it has no window",
+    )
 
 
 def expected_tensors(
@@ -145,3 +171,32 @@ def expected_tensors(
         for rule in family.layer:
             name = family.layer_name(index, rule)
             yield name, rule, tuple(sizes[s] for s in rule.shape), index
+
+
+ROPE_TYPES = ("default", "linear", "llama3")
+"""Rotations that every exporter gets right. YaRN comes out of onnxruntime-genai's builder wrong."""
+
+
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotation settings, from transformers 5's `rope_parameters` or the older two fields."""
+    given = config.get("rope_parameters")
+    if given is None:
+        given = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
+    try:
+        kind = given.get("rope_type") or given.get("type") or "default"
+        theta = float(given.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    except (AttributeError, TypeError, ValueError):
+        raise ShortstackError(
+            f"config.json has rotation settings that cannot be read: {given!r}. "
+            "Download the folder again."
+        ) from None
+    return {**given, "rope_type": kind, "rope_theta": theta}
+
+
+def check_rope(config: Mapping[str, Any]) -> None:
+    """Raise ShortstackError for a rotation that an exporter would get wrong."""
+    kind = rope_parameters(config)["rope_type"]
+    if kind not in ROPE_TYPES:
+        raise ShortstackError(
+            f"rope scaling {kind!r} cannot be exported. Known: {', '.join(ROPE_TYPES)}."
+        )

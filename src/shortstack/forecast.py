@@ -14,10 +14,11 @@ from shortstack.devices.host import check_threads
 from shortstack.disk import require_space
 from shortstack.errors import ShortstackError
 from shortstack.export import exporter
-from shortstack.intake import Preview, preview_model
-from shortstack.manifest import check_ours
+from shortstack.families import context_tokens
+from shortstack.intake import Preview, model_paths, preview_model
+from shortstack.manifest import check_apart, check_ours
 from shortstack.prune.plan import PrunePlan
-from shortstack.recipe import PruneRecipe, Recipe
+from shortstack.recipe import PruneRecipe, Recipe, VerifyRecipe
 from shortstack.steps import wanted_layers
 
 RESERVE_BYTES = 64 * 2**20
@@ -29,7 +30,8 @@ def refuse(recipe: Recipe, out: Path) -> None:
     Raises ShortstackError for an unknown method or precision, layers that do not exist, an output
     folder that is not ours, and a disk that cannot hold the result.
     """
-    check_ours(out)
+    check_ours(out, "run")
+    check_apart(out, model_paths(recipe.model))
     check_threads(recipe.bench.threads)
     require_pytorch()
     preview = preview_model(recipe.model)
@@ -46,7 +48,7 @@ def refuse(recipe: Recipe, out: Path) -> None:
 
 def check_context(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """Refuse to run a model beyond the positions that it was made for."""
-    context = checkpoint.config.get("max_position_embeddings")
+    context = context_tokens(checkpoint.config)
     wanted = {
         "prune.window_tokens": recipe.prune.window_tokens,
         "verify.window_tokens": recipe.verify.window_tokens,
@@ -58,6 +60,16 @@ def check_context(recipe: Recipe, checkpoint: Checkpoint) -> None:
             raise ShortstackError(
                 f"{name} is {n_tokens}, the model's context is {context} tokens. Ask for less."
             )
+
+
+def fitting_checks(checkpoint: Checkpoint) -> VerifyRecipe:
+    """The default check, shortened for a model with a short context."""
+    usual = VerifyRecipe()
+    context = context_tokens(checkpoint.config) or usual.window_tokens
+    length = max(16, min(usual.window_tokens, context))
+    return VerifyRecipe(
+        windows=usual.windows, window_tokens=length, decode_tokens=min(64, length // 2)
+    )
 
 
 def forecast(recipe: Recipe) -> dict[str, Any]:
@@ -131,6 +143,10 @@ def _stand_in(original: Checkpoint, choice: PruneRecipe) -> PrunePlan:
     prune.planner(choice.method)
     wanted = wanted_layers(choice)
     if isinstance(wanted, int):
+        if wanted >= original.n_layers:
+            raise ShortstackError(
+                f"cannot drop {wanted} of {original.n_layers} layers. Ask for fewer."
+            )
         return PrunePlan(original.n_layers, tuple(range(wanted)), choice.method)
     return PrunePlan(original.n_layers, wanted, choice.method)
 

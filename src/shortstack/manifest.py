@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,28 +93,59 @@ def write_text(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def check_ours(folder: Path) -> None:
-    """Refuse a folder that exists, holds something, and was not made by us."""
+def check_ours(folder: Path, step: str) -> None:
+    """Refuse a folder that holds anything but what the same step made: it would be replaced.
+
+    `run` works in its folder and replaces only its own steps' folders in it.
+    """
     if folder.is_symlink() and not folder.exists():
         raise ShortstackError(f"{folder} is a broken link. Choose another output.")
     if not folder.exists():
         return
     if not folder.is_dir():
         raise ShortstackError(f"{folder} is a file, not a folder. Choose another output.")
-    if any(folder.iterdir()) and read_manifest(folder) is None:
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+    manifest = read_manifest(folder)
+    if present and manifest is None:
         raise ShortstackError(
             f"{folder} exists and was not made by shortstack. Choose another output or empty it."
         )
+    if manifest is None:
+        return
+    if manifest.get("step") != step:
+        raise ShortstackError(
+            f"{folder} holds the result of another command ({manifest.get('step')}). "
+            "Choose another output."
+        )
+    foreign = sorted(present - {MANIFEST, *manifest.get("files", ())}) if step != "run" else []
+    if foreign:
+        raise ShortstackError(
+            f"{folder} holds {foreign[0]}, which shortstack did not make. "
+            "Choose another output or move the file away."
+        )
+
+
+def check_apart(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output that is an input, lies in one, or holds one."""
+    target = out.resolve()
+    for path in (p.resolve() for p in inputs):
+        if target == path or target.is_relative_to(path) or path.is_relative_to(target):
+            raise ShortstackError(
+                f"the output {out} and the input {path} overlap. Choose another output."
+            )
 
 
 @contextlib.contextmanager
-def staged(folder: Path) -> Iterator[Path]:
+def staged(folder: Path, step: str) -> Iterator[Path]:
     """Yield a temporary folder beside `folder`; move it into place when the block ends well.
+
+    `step` is the manifest's: only the result of the same step is replaced.
 
     On any exception, Ctrl-C included, the temporary folder is removed. What an earlier run left
     after a hard kill is removed first.
     """
-    check_ours(folder)
+    check_ours(folder, step)
+    folder = folder.resolve()
     partial = folder.with_name(f".{folder.name}.partial")
     made = _make_parents(folder.parent)
     shutil.rmtree(partial, ignore_errors=True)

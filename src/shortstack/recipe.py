@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from shortstack.artifact import ExportSpec
 from shortstack.errors import ShortstackError, one_line, unknown
 
+Part = TypeVar("Part", bound=BaseModel)
 SHIPPED = Path(__file__).parent / "recipes"
 
 
@@ -42,7 +43,9 @@ class ExportRecipe(_Strict):
 
     to: str = Field(description="FORMAT:PRECISION, e.g. gguf:Q8_0")
     options: dict[str, str] = Field(default_factory=dict)
-    max_perplexity_ratio: float = Field(1.25, gt=1.0, description="gate of a quantized artifact")
+    max_perplexity_ratio: float = Field(
+        1.25, gt=1.0, allow_inf_nan=False, description="gate of a quantized artifact"
+    )
 
     @property
     def spec(self) -> ExportSpec:
@@ -71,7 +74,7 @@ class BenchRecipe(_Strict):
 
     prompt_tokens: int = Field(128, ge=1)
     decode_tokens: int = Field(64, ge=2)
-    repeats: int = Field(5, ge=2)
+    repeats: int = Field(6, ge=2)
     threads: int | None = Field(None, ge=1, description="default: the cores we may use")
 
 
@@ -108,6 +111,14 @@ def load_recipe(reference: str) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ShortstackError(f"{reference} is not YAML: {one_line(str(error), 200)}") from None
     return parse_recipe(data, reference)
+
+
+def part(kind: type[Part], **fields: Any) -> Part:
+    """One section of a recipe, from the command line. Raises ShortstackError for a bad value."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _explain("command line", error) from None
 
 
 def parse_recipe(data: Any, name: str) -> Recipe:

@@ -66,13 +66,18 @@ def model_facts(name: str, source: str, checkpoint: Checkpoint) -> ModelFacts:
 
 def quality(exported: Sequence[Exported], corpus: Corpus) -> Quality | None:
     """Perplexity of both checkpoints in PyTorch: the references that artifacts were held to."""
-    found = {e.label: e.verification for e in exported if e.verification}
+    found: dict[str, tuple[float, int]] = {}
+    for e in exported:
+        if e.verification is not None:
+            found[e.label] = e.verification["reference_perplexity"], e.verification["n_tokens"]
+        elif e.reference is not None:
+            found.setdefault(e.label, (e.reference["perplexity"], e.reference["n_tokens"]))
     if not {"original", "pruned"} <= found.keys():
         return None
     return Quality(
-        original_perplexity=found["original"]["reference_perplexity"],
-        pruned_perplexity=found["pruned"]["reference_perplexity"],
-        n_tokens=found["pruned"]["n_tokens"],
+        original_perplexity=found["original"][0],
+        pruned_perplexity=found["pruned"][0],
+        n_tokens=found["pruned"][1],
         text_source=f"{corpus.source}, test part",
         text_sha256=corpus.sha256,
     )

@@ -44,7 +44,7 @@ class RunFolder:
 
         Raises ShortstackError if the folder holds something that is not ours.
         """
-        check_ours(path)
+        check_ours(path, "run")
         fresh = not (path / MANIFEST).is_file()
         made = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ class RunFolder:
             self.display.note(f"{title}: unchanged, kept")
             return folder, kept
         start = time.perf_counter()
-        with self.display.step(title) as progress, staged(folder) as partial:
+        with self.display.step(title) as progress, staged(folder, name) as partial:
             facts = make(partial, progress)
             wall_s = time.perf_counter() - start
             manifest = write_manifest(partial, name, key, {**facts, "wall_s": round(wall_s, 3)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class Exported:
     verification: Mapping[str, Any] | None
     bounds: Mapping[str, Any]
     failure: str | None = None
+    reference: Mapping[str, Any] | None = None
+    """`perplexity` and `n_tokens` of the checkpoint in PyTorch, where no verification has them."""
 
 
 def open_text(text: str | TextRecipe) -> Corpus:
@@ -71,6 +74,15 @@ def wanted_layers(choice: PruneRecipe) -> int | tuple[int, ...]:
 def open_original(folder: RunFolder, model: str) -> Checkpoint:
     with folder.display.step("Open the model") as progress:
         return open_model(model, folder.path / "model", progress=progress)
+
+
+def check_text(recipe: Recipe, original: Checkpoint, corpus: Corpus) -> None:
+    """Cut every window that a later step will want: too little text is no news for the end."""
+    encoder = Encoder(original)
+    if prune.METHODS[recipe.prune.method].needs_text:
+        encoder.windows(corpus.calibration, recipe.prune.window_tokens, recipe.prune.windows)
+    unseen_windows(original, corpus, recipe.verify)
+    encoder.windows(corpus.test, recipe.bench.prompt_tokens, 1)
 
 
 def plan(folder: RunFolder, choice: PruneRecipe, original: Checkpoint, corpus: Corpus) -> PrunePlan:
@@ -192,8 +204,19 @@ def export(
     try:
         where, manifest = folder.build(name, title, inputs, make)
     except VerificationError as error:
+        # What an earlier run verified under a looser gate does not pass this one.
+        shutil.rmtree(folder.path / name, ignore_errors=True)
         folder.display.note(f"FAILED: {error}")
-        return Exported(label, wanted.spec.slug, None, None, dataclasses.asdict(bounds), str(error))
+        assert truth is not None
+        return Exported(
+            label,
+            wanted.spec.slug,
+            None,
+            None,
+            dataclasses.asdict(bounds),
+            str(error),
+            {"perplexity": truth.perplexity, "n_tokens": truth.n_windows * truth.length},
+        )
     return Exported(
         label,
         wanted.spec.slug,

@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,8 +127,8 @@ def _spdx() -> dict[str, list[str]]:
 def _file(path: Path) -> dict[str, list[str]]:
     try:
         data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ShortstackError(
             f"cannot read the text file {path}: {type(error).__name__}. Give UTF-8 .txt or .jsonl."
         ) from None

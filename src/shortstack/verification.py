@@ -39,7 +39,7 @@ class Bounds:
         max_kl: float | None = None,
     ) -> Bounds:
         """Bounds of a spec: hard ones for exact precisions, the recipe's for quantized ones."""
-        if spec.precision in EXACT and not spec.options:
+        if {spec.precision, *dict(spec.options).values()} <= EXACT:
             return cls(max_kl=EXACT_KL, min_top1=EXACT_TOP1)
         return cls(max_kl=max_kl, max_perplexity_ratio=max_perplexity_ratio)
 

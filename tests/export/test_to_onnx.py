@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from shortstack.export.onnx_graph import bytes_per_token, quantize_rows
 
 Distance = Callable[[Checkpoint, Path, str], tuple[float, float]]
 MakeVariant = Callable[..., Checkpoint]
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
 
 
 def spec(precision: str, **options: str) -> ExportSpec:
@@ -160,3 +162,19 @@ def test_rows_are_rounded_to_half_a_step_at_most() -> None:
     # the block's largest weight is -128 exactly; its negative would be 128, one step too far
     assert (np.abs(back.reshape(7, 2, 32) - table.reshape(7, 2, 32)) <= 1.001 * step).all()
     assert np.abs(back.reshape(7, 64) - table).mean() < 0.3 * step.mean()
+
+
+def test_a_sliding_window_caps_the_context_and_is_told(
+    make_variant: MakeVariant, tmp_path: Path
+) -> None:
+    checkpoint = make_variant(**MISTRAL, sliding_window=128)
+    artifact = to_onnx.export(checkpoint, spec("fp32"), tmp_path)
+    config = json.loads((tmp_path / "genai_config.json").read_text())
+    assert config["model"]["context_length"] == 128
+    assert any("sliding window" in note for note in artifact.notes)
+
+
+def test_a_rotation_that_comes_out_wrong_is_refused(make_variant: MakeVariant) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(ShortstackError, match="'yarn' cannot be exported"):
+        to_onnx.check(make_variant(rope_parameters=yarn), spec("fp32"))

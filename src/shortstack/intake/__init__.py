@@ -97,6 +97,12 @@ def resolve(reference: str) -> tuple[str, str]:
     raise ShortstackError(f"there is no file or folder {str(path)!r}. Check the model's path.")
 
 
+def model_paths(reference: str) -> tuple[Path, ...]:
+    """The file or folder that a reference names here; none for a hub model."""
+    kind, target = resolve(reference)
+    return () if kind == "hub" else (Path(target),)
+
+
 def package_file(target: str) -> Path:
     """Find `PACKAGE/PATH` inside an installed package, without importing the package."""
     package, _, inside = target.partition("/")

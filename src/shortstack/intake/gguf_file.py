@@ -44,7 +44,7 @@ def open_source(
     key = step_key("intake", identity)
     if finished(work, key) is None:
         model = GgufModel.open(Path(target))
-        with disk_errors(work), staged(work) as out:
+        with disk_errors(work), staged(work, "intake") as out:
             model.write(out, progress)
             Checkpoint.open(out)
             source = {"file": Path(target).name, **identity}

@@ -38,7 +38,7 @@ def open_source(
     """Download into `work`, or reopen an earlier download of the same revision."""
     key = step_key("intake", identity)
     if finished(work, key) is None:
-        with disk_errors(work), staged(work) as out:
+        with disk_errors(work), staged(work, "intake") as out:
             commit = _download(identity["repository"], identity["revision"], out, progress)
             Checkpoint.open(out)
             write_manifest(out, "intake", key, {"source": {**identity, "commit": commit}})
