@@ -83,6 +83,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
         "config.json disagrees with the tensors",
     ),
     "pickle": (pickled, "is a pickle"),
+    "already quantized": (
+        lambda folder: change_config(folder, quantization_config={"quant_method": "gptq"}),
+        "is quantized",
+    ),
     "no config": (
         without_config,
         "has no config.json",

@@ -61,6 +61,11 @@ class Checkpoint:
         """
         config = _read_config(path)
         family_of(config)
+        if config.get("quantization_config"):
+            raise ShortstackError(
+                f"{path} is quantized (config.json has quantization_config). "
+                "Start from the unquantized checkpoint."
+            )
         checkpoint = cls(path, config, _read_headers(path))
         checkpoint._check_schema()
         return checkpoint
