@@ -43,6 +43,14 @@ def pickled(folder: Path) -> Path:
     return folder
 
 
+def strange_tokenizer(folder: Path) -> Path:
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["pre_tokenizer"] = {"type": "Whitespace"}
+    file.write_text(json.dumps(content))
+    return folder
+
+
 def without_config(folder: Path) -> Path:
     (folder / "config.json").unlink()
     return folder
@@ -416,6 +424,15 @@ def test_places_that_cannot_be_written_give_one_line(
     link.symlink_to(folder)
     assert main([*args, str(link)]) == 0
     assert read_manifest(folder) is not None
+
+
+def test_a_tokenizer_that_cannot_be_exported_is_refused_before_layers_are_chosen(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = strange_tokenizer(copy(tiny, tmp_path / "model"))
+    out = tmp_path / "out"
+    fails(["run", str(write_recipe(tmp_path, model)), "-o", str(out), "-q"], capsys)
+    assert not out.exists()
 
 
 def test_bad_options_give_one_line(

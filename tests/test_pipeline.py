@@ -144,6 +144,18 @@ def test_another_cut_keeps_what_did_not_change(
     assert "Export and verify pruned gguf-f16" in display.steps
 
 
+def test_a_failed_measurement_is_tried_again(
+    done: tuple[Path, dict[str, Any]], tiny: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(done[0], out)
+    file = out / "bench" / "shortstack.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "failures": ["it crashed"]}))
+    display = Recorder()
+    assert pipeline.run(recipe(tiny), out, display)["failures"] == []
+    assert display.steps == ["Open the model", "Measure, in turn"]
+
+
 STAGES = {
     "Open the model": ".",
     "Choose layers": "plan",

@@ -46,6 +46,13 @@ def refuse(recipe: Recipe, out: Path) -> None:
         require_space(out, sum(row["size_bytes"] for row in rows), RESERVE_BYTES)
 
 
+def check_opened(recipe: Recipe, original: Checkpoint) -> None:
+    """Refuse what headers alone could not tell: a hub model's context, a tokenizer's rules."""
+    check_context(recipe, original)
+    for wanted in recipe.export:
+        exporter(wanted.spec.format).check(original, wanted.spec)
+
+
 def check_context(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """Refuse to run a model beyond the positions that it was made for."""
     context = context_tokens(checkpoint.config)

@@ -24,6 +24,7 @@ def run(recipe: Recipe, out: Path, display: Display, command: str = "") -> dict[
     corpus = steps.open_text(recipe.text)
     with RunFolder.claim(out, {"recipe": recipe.model_dump(mode="json")}, display) as folder:
         original = steps.open_original(folder, recipe.model)
+        forecast.check_opened(recipe, original)
         steps.check_text(recipe, original, corpus)
         plan = steps.plan(folder, recipe.prune, original, corpus)
         models = {"original": original, "pruned": steps.cut(folder, original, plan)}

@@ -20,6 +20,7 @@ from shortstack.devices.workload import Prompt, Workload
 from shortstack.errors import ShortstackError, VerificationError
 from shortstack.export import exporter
 from shortstack.intake import open_model
+from shortstack.manifest import read_manifest
 from shortstack.progress import OnProgress
 from shortstack.prune.plan import PrunePlan, parse_drop
 from shortstack.recipe import (
@@ -291,6 +292,9 @@ def bench(
         write_measurements(partial, measured)
         return {"failures": [m.failure.message for m in measured if m.failure]}
 
+    earlier = read_manifest(folder.path / "bench")
+    if earlier is not None and earlier.get("failures"):
+        shutil.rmtree(folder.path / "bench")  # a crash is worth another try
     where, _ = folder.build("bench", "Measure, in turn", inputs, make)
     paths = {artifact.sha256: artifact.path.parent for _, artifact in found}
     return read_measurements(where, paths)
