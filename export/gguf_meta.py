@@ -16,7 +16,12 @@ from shortstack.families import check_rope, context_tokens, rope_parameters
 
 def check_config(checkpoint: Checkpoint) -> None:
     """Raise ShortstackError for a setting that llama.cpp's llama architecture lacks."""
-    config = checkpoint.config
+    config = checkpoint.text
+    if checkpoint.family.gguf_arch != "llama":
+        raise ShortstackError(
+            f"{checkpoint.path}: model type {config.get('model_type')!r} has no GGUF export yet. "
+            "Export to onnx instead."
+        )
     check_rope(config)
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
@@ -44,13 +49,13 @@ def rope_factors(rope: Mapping[str, Any], head_dim: int) -> NDArray[np.float32]:
 
 def add_metadata(writer: Any, checkpoint: Checkpoint, name: str, file_type: int) -> None:
     """Write the `general.*` and `llama.*` keys to a GGUFWriter."""
-    config, sizes = checkpoint.config, checkpoint.dims
+    config, sizes = checkpoint.text, checkpoint.dims
     rope = rope_parameters(config)
     writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(file_type)
     writer.add_vocab_size(sizes["vocab"])
-    writer.add_context_length(context_tokens(config) or 2048)
+    writer.add_context_length(context_tokens(checkpoint.config) or 2048)
     writer.add_embedding_length(sizes["d"])
     writer.add_block_count(sizes["layers"])
     writer.add_feed_forward_length(sizes["ff"])

@@ -59,7 +59,7 @@ def check(checkpoint: Checkpoint, spec: ExportSpec) -> None:
     require(packages, "onnx", "the export to ONNX")
     if spec.precision not in PRECISIONS:
         raise unknown("ONNX precision", spec.precision, PRECISIONS)
-    check_rope(checkpoint.config)
+    check_rope(checkpoint.text)
     allowed = dict(PRECISIONS[spec.precision].defaults)
     for option, value in spec.options:
         if option not in OPTIONS:
@@ -95,7 +95,7 @@ def predict(checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, int]:
 
 def _rotation_entries(checkpoint: Checkpoint) -> int:
     """Entries of the table of cosines, as of that of sines, that the builder writes."""
-    context = int(checkpoint.config.get("max_position_embeddings", 2048))
+    context = int(checkpoint.text.get("max_position_embeddings", 2048))
     return context * checkpoint.dims["head_dim"] // 2
 
 

@@ -11,11 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shortstack.checkpoint import Checkpoint
+from shortstack.floats import STORED, from_bfloat16
 
 Array = NDArray[Any]
-
-STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-"""numpy has no bfloat16: its bits are read as integers."""
 
 
 class Weights:
@@ -47,17 +45,6 @@ class Weights:
                 (length,) = struct.unpack("<Q", shard.read(8))
                 self._headers[file] = (8 + length, json.loads(shard.read(length)))
         return self._headers[file]
-
-
-def from_bfloat16(bits: Array) -> NDArray[np.float32]:
-    """A bfloat16 is the upper half of a float32."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Round to nearest, ties to even, on the bits; weights hold no NaN."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def interleave_rope(weight: Array, heads: int) -> Array:

@@ -11,17 +11,20 @@ from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError, require, unknown
 from shortstack.progress import OnProgress, silent
 from shortstack.prune.apply import apply_plan
-from shortstack.prune.plan import PrunePlan, parse_drop
-from shortstack.prune.predict import predict_prune
+from shortstack.prune.plan import PrunePlan, Removal, parse_drop, parse_removal
+from shortstack.prune.predict import predict_prune, preview
 
 __all__ = [
     "METHODS",
     "Method",
     "PrunePlan",
+    "Removal",
     "apply_plan",
     "parse_drop",
+    "parse_removal",
     "planner",
     "predict_prune",
+    "preview",
 ]
 
 
@@ -42,13 +45,13 @@ METHODS = {
 
 
 class Planner(Protocol):
-    """Makes a plan. `drop` is a count, or for `explicit` the layers; options are the method's."""
+    """Makes a plan. `drop` is a count, or for `explicit` what goes; options are the method's."""
 
     def __call__(
         self,
         checkpoint: Checkpoint,
         *,
-        drop: int | tuple[int, ...],
+        drop: int | Removal,
         windows: list[list[int]],
         progress: OnProgress = silent,
         **options: Any,
@@ -72,7 +75,7 @@ def planner(name: str) -> Planner:
     def plan(
         checkpoint: Checkpoint,
         *,
-        drop: int | tuple[int, ...],
+        drop: int | Removal,
         windows: list[list[int]],
         progress: OnProgress = silent,
         **options: Any,

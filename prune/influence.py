@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.progress import OnProgress, silent
-from shortstack.prune.plan import PrunePlan
+from shortstack.prune.plan import PrunePlan, Removal
 from shortstack.prune.protect import candidates, pick
 
 
 def influence(
     checkpoint: Checkpoint,
     *,
-    drop: int | tuple[int, ...],
+    drop: int | Removal,
     windows: list[list[int]],
     progress: OnProgress = silent,
     protect_first: int = 1,

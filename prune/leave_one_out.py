@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.progress import OnProgress, silent
-from shortstack.prune.plan import PrunePlan
+from shortstack.prune.plan import PrunePlan, Removal
 from shortstack.prune.protect import candidates, pick
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def perplexity(
     checkpoint: Checkpoint,
     *,
-    drop: int | tuple[int, ...],
+    drop: int | Removal,
     windows: list[list[int]],
     progress: OnProgress = silent,
     protect_first: int = 1,

@@ -6,11 +6,12 @@ loads and computes something else, so a list that merely looks per-layer is refu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shortstack.errors import ShortstackError
+from shortstack.families import FAMILIES, REMOVED, spell_out
 
 DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 NESTED = ("text_config", "language_config", "llm_config")
@@ -112,6 +113,11 @@ class Cut:
     n_layers: int
     keep: tuple[int, ...]
 
+    def renumbered(self, layers: Iterable[int]) -> list[int]:
+        """New numbers of the kept ones among `layers`."""
+        wanted = set(layers)
+        return [new for new, old in enumerate(self.keep) if old in wanted]
+
     def repeats(self, kind_of: Callable[[int], object]) -> bool:
         """Whether each kept layer keeps its kind when its new number decides it."""
         return all(kind_of(new) == kind_of(old) for new, old in enumerate(self.keep))
@@ -126,7 +132,8 @@ def cut_config(config: Mapping[str, Any], n_layers: int, keep: Sequence[int]) ->
     nested = [name for name in NESTED if isinstance(config.get(name), Mapping)]
     result = dict(config)
     for name in nested:
-        result[name] = _cut_level(config[name], cut)
+        result[name] = _cut_level(_spelled_out(config[name], config), cut)
+    result = {**result, **_spelled_out(result, config)} if not nested else result
     return _cut_level(result, cut) if "num_hidden_layers" in config or not nested else result
 
 
@@ -144,15 +151,22 @@ def _cut_level(config: Mapping[str, Any], cut: Cut) -> dict[str, Any]:
     return result
 
 
+def _spelled_out(level: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With each layer's kind written down, where the family otherwise counts layers."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    return spell_out(family, level) if family is not None else level
+
+
 def _cut_field(name: str, value: Any, cut: Cut) -> Any:
+    if name == REMOVED:
+        return {part: cut.renumbered(layers) for part, layers in value.items()}
     if name in DEPTH and value == cut.n_layers:
         return len(cut.keep)
     if _is_layer_list(name, value, cut):
         kept = [value[index] for index in cut.keep]
         return "".join(kept) if isinstance(value, str) else kept
     if name in INDEX_LISTS and isinstance(value, list):
-        wanted = {index % cut.n_layers for index in value}  # some count from the end: -1
-        return [new for new, old in enumerate(cut.keep) if old in wanted]
+        return cut.renumbered(index % cut.n_layers for index in value)  # some count from the end
     if name in FIRST_LAYERS and isinstance(value, int):
         return sum(index < value for index in cut.keep)
     if name in LAST_LAYERS and isinstance(value, int):

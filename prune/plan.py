@@ -9,14 +9,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from shortstack.errors import ShortstackError
+from shortstack.errors import ShortstackError, unknown
 
-SCHEMA = 1
+SCHEMA = 2
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Whole layers, and layers of which only the attention or only the MLP goes."""
+
+    layers: tuple[int, ...] = ()
+    attention: tuple[int, ...] = ()
+    mlp: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class PrunePlan:
     """Layers to drop from a model of `n_layers`, numbered from 0 as in the original.
+
+    `attention` and `mlp` are layers that lose only that sub-block. `merge` gives a kept layer the
+    weighted sum of several layers' tensors (layer -> source layer -> weight), `replace` the
+    tensors of a safetensors file (layer -> path; names as in one layer, `mlp.up_proj.weight`).
 
     `scores` holds one number a layer, in the method's own unit, higher means keep; empty if the
     method scores nothing, None for a layer that was protected and so never scored.
@@ -27,14 +40,21 @@ class PrunePlan:
     method: str
     scores: tuple[float | None, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    attention: tuple[int, ...] = ()
+    mlp: tuple[int, ...] = ()
+    merge: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+    replace: Mapping[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if list(self.drop) != sorted(set(self.drop)):
-            raise ShortstackError(
-                f"layers to drop must be sorted and unique, got {_list(self.drop)}. "
-                f"Write: {_list(tuple(sorted(set(self.drop))))}"
-            )
-        outside = [index for index in self.drop if not 0 <= index < self.n_layers]
+        for layers in (self.drop, self.attention, self.mlp):
+            if list(layers) != sorted(set(layers)):
+                raise ShortstackError(
+                    f"layers to drop must be sorted and unique, got {_list(layers)}. "
+                    f"Write: {_list(tuple(sorted(set(layers))))}"
+                )
+        named = [*self.drop, *self.attention, *self.mlp, *self.merge, *self.replace]
+        named += [source for parts in self.merge.values() for source in parts]
+        outside = [index for index in named if not 0 <= index < self.n_layers]
         if outside:
             raise ShortstackError(
                 f"there is no layer {outside[0]}: the model has layers 0 to {self.n_layers - 1}. "
@@ -44,6 +64,7 @@ class PrunePlan:
             raise ShortstackError(
                 f"dropping all {self.n_layers} layers leaves no model. Keep at least one."
             )
+        self._check_changed()
         if self.scores and len(self.scores) != self.n_layers:
             raise ShortstackError(
                 f"the plan has {len(self.scores)} scores for {self.n_layers} layers. Plan again."
@@ -54,6 +75,36 @@ class PrunePlan:
         """Kept layers by their original number; the position is the new number."""
         dropped = set(self.drop)
         return tuple(index for index in range(self.n_layers) if index not in dropped)
+
+    @property
+    def removal(self) -> Removal:
+        return Removal(self.drop, self.attention, self.mlp)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the pruned model, as JSON-able data; not how it was chosen."""
+        ours = ("n_layers", "drop", "attention", "mlp", "merge", "replace")
+        data = dataclasses.asdict(self)
+        return {name: data[name] for name in ours if data[name] or name in ("n_layers", "drop")}
+
+    def _check_changed(self) -> None:
+        """A layer that is changed must stay, and be changed in one way only."""
+        changed = [*self.attention, *self.mlp, *self.merge, *self.replace]
+        gone = sorted(set(changed) & set(self.drop))
+        if gone:
+            raise ShortstackError(
+                f"layer {gone[0]} is dropped and changed at once. Name it once in the plan."
+            )
+        twice = sorted({index for index in changed if changed.count(index) > 1})
+        if twice and twice[0] in self.attention and twice[0] in self.mlp:
+            raise ShortstackError(
+                f"layer {twice[0]} loses attention and MLP, so nothing of it is left. "
+                f"Drop the whole layer: {twice[0]}"
+            )
+        if twice:
+            raise ShortstackError(
+                f"layer {twice[0]} is changed in two ways by the plan. Choose one of them."
+            )
 
     def to_json(self) -> str:
         data = {"schema": SCHEMA, **dataclasses.asdict(self)}
@@ -80,17 +131,53 @@ class PrunePlan:
         if not _well_typed(data):
             raise ShortstackError("the plan has a field of the wrong type. Plan again.")
         scores = tuple(None if score is None else float(score) for score in data["scores"])
-        drop = tuple(data["drop"])
-        return cls(data["n_layers"], drop, data["method"], scores, data["facts"])
+        return cls(
+            data["n_layers"],
+            tuple(data["drop"]),
+            data["method"],
+            scores,
+            data["facts"],
+            attention=tuple(data["attention"]),
+            mlp=tuple(data["mlp"]),
+            merge={
+                int(layer): {int(source): float(w) for source, w in parts.items()}
+                for layer, parts in data["merge"].items()
+            },
+            replace={int(layer): file for layer, file in data["replace"].items()},
+        )
 
 
 def parse_drop(text: str) -> tuple[int, ...]:
     """Read `11-15,20` (both ends counted) as sorted layer numbers.
 
+    Raises ShortstackError for anything else, an overlap and sub-blocks included.
+    """
+    removal = parse_removal(text)
+    if removal.attention or removal.mlp:
+        raise ShortstackError(
+            f"{text!r} names sub-blocks; here only whole layers can go. Write e.g. 11-15,20"
+        )
+    return removal.layers
+
+
+def parse_removal(text: str) -> Removal:
+    """Read `11-15,20,3.attention,5-7.mlp`: whole layers, and layers that lose one sub-block.
+
     Raises ShortstackError for anything else, an overlap included.
     """
-    layers: list[int] = []
+    texts: dict[str, list[str]] = {"": [], "attention": [], "mlp": []}
     for part in text.split(","):
+        numbers, _, kind = part.partition(".")
+        if kind.strip() not in texts:
+            wrong = unknown("sub-block", kind.strip(), ("attention", "mlp"))
+            raise ShortstackError(f"{wrong} Write e.g. 3.attention")
+        texts[kind.strip()].append(numbers)
+    return Removal(*(_parse_layers(found, text) for found in texts.values()))
+
+
+def _parse_layers(parts: list[str], text: str) -> tuple[int, ...]:
+    layers: list[int] = []
+    for part in parts:
         match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)
         first = int(match[1]) if match else 0
         last = int(match[2] or first) if match else -1
@@ -106,13 +193,25 @@ def parse_drop(text: str) -> tuple[int, ...]:
 
 
 def _well_typed(data: Mapping[str, Any]) -> bool:
-    whole = [data["n_layers"], *data["drop"]] if isinstance(data["drop"], list) else [None]
+    lists = ("drop", "attention", "mlp")
+    whole = [data["n_layers"]]
+    for name in lists:
+        whole += data[name] if isinstance(data[name], list) else [None]
     return (
         all(type(value) is int for value in whole)
+        and _maps_layers(data["replace"], str)
+        and _maps_layers(data["merge"], dict)
+        and all(_maps_layers(parts, (int, float)) for parts in data["merge"].values())
         and isinstance(data["method"], str)
         and isinstance(data["facts"], dict)
         and isinstance(data["scores"], list)
         and all(score is None or isinstance(score, (int, float)) for score in data["scores"])
+    )
+
+
+def _maps_layers(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, dict) and all(
+        key.isdecimal() and isinstance(item, kind) for key, item in value.items()
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -12,6 +13,13 @@ from shortstack.shards import CHUNK_BYTES
 
 LIBRARIES_BYTES = 320 * 2**20
 """Resident after importing torch and transformers for the last check (measured, torch 2.13 CPU)."""
+
+
+def preview(checkpoint: Checkpoint, plan: PrunePlan) -> Checkpoint:
+    """The pruned checkpoint as headers, before it exists: only for predictions and checks."""
+    surgery = prepare(checkpoint, plan)
+    tensors = {name: info for _, shard in surgery.layout.shards for name, info in shard.items()}
+    return dataclasses.replace(checkpoint, config=surgery.config, tensors=tensors)
 
 
 def predict_prune(checkpoint: Checkpoint, plan: PrunePlan) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shortstack.errors import ShortstackError
+from shortstack.prune.plan import Removal
 
 
 def candidates(
-    method: str, n_layers: int, drop: int | tuple[int, ...], first: int, last: int
+    method: str, n_layers: int, drop: int | Removal, first: int, last: int
 ) -> tuple[int, ...]:
     """Layers that may go when the first and the last few are protected.
 
@@ -16,7 +17,7 @@ def candidates(
     """
     if not isinstance(drop, int):
         raise ShortstackError(
-            f"method {method!r} chooses the layers itself: give a count, not {list(drop)}, or use "
+            f"method {method!r} chooses the layers itself: give a count, not layer numbers, or use "
             "method 'explicit'."
         )
     if first < 0 or last < 0:
@@ -31,7 +32,7 @@ def candidates(
 
 
 def pick(
-    scores: Sequence[float | None], free: Sequence[int], drop: int | tuple[int, ...]
+    scores: Sequence[float | None], free: Sequence[int], drop: int | Removal
 ) -> tuple[int, ...]:
     """The lowest-scored of the layers that may go."""
     from shortstack.prune.scoring import lowest

@@ -44,7 +44,7 @@ class PyTorchSession:
 
     @property
     def vocab_size(self) -> int:
-        return int(self._model.config.vocab_size)
+        return int(self._model.config.get_text_config().vocab_size)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class PyTorchSession:
     def prefill(self, tokens: Sequence[int], *, all_logits: bool = False) -> NDArray[np.float32]:
         from transformers import DynamicCache
 
-        self._cache = DynamicCache(config=self._model.config)
+        self._cache = DynamicCache(config=self._model.config.get_text_config())
         logits = self._forward(tokens, keep=0 if all_logits else 1)
         return logits if all_logits else np.asarray(logits[-1])
 

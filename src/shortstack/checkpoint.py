@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from shortstack.errors import MissingExtraError, ShortstackError, one_line
-from shortstack.families import Family, dims, expected_tensors, family_of
+from shortstack.families import (
+    Family,
+    decoder_config,
+    dims,
+    expected_tensors,
+    family_of,
+    removed_sub_blocks,
+)
+from shortstack.families.table import Part
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -60,7 +68,7 @@ class Checkpoint:
         config.json that disagrees with the tensors.
         """
         config = _read_config(path)
-        family_of(config)
+        decoder_config(config)
         if config.get("quantization_config"):
             raise ShortstackError(
                 f"{path} is quantized (config.json has quantization_config). "
@@ -75,8 +83,18 @@ class Checkpoint:
         return family_of(self.config)
 
     @property
+    def text(self) -> Mapping[str, Any]:
+        """The config of the decoder, which a multimodal model nests in its own."""
+        return decoder_config(self.config)
+
+    @property
+    def removed(self) -> Mapping[Part, tuple[int, ...]]:
+        """Layers whose attention or MLP was removed alone: its output projection is zero."""
+        return removed_sub_blocks(self.text)
+
+    @property
     def n_layers(self) -> int:
-        return int(self.config["num_hidden_layers"])
+        return int(self.text["num_hidden_layers"])
 
     @property
     def n_params(self) -> int:
@@ -92,8 +110,14 @@ class Checkpoint:
         return self.family.head.hf not in self.tensors
 
     @property
+    def _may_tie(self) -> bool:
+        """Whether the head may be the embedding; Gemma's configs leave it to transformers."""
+        level = self.config if "tie_word_embeddings" in self.config else self.text
+        return bool(level.get("tie_word_embeddings", self.family.tied_by_default))
+
+    @property
     def dims(self) -> dict[str, int]:
-        return dims(self.config)
+        return dims(self.text)
 
     @property
     def shards(self) -> tuple[str, ...]:
@@ -115,10 +139,10 @@ class Checkpoint:
 
     def _check_schema(self) -> None:
         family, seen = self.family, set()
-        for name, rule, shape, _ in expected_tensors(family, self.config):
+        for name, rule, shape, _ in expected_tensors(family, self.dims):
             info = self.tensors.get(name)
             if info is None:
-                tied = bool(self.config.get("tie_word_embeddings")) and rule is family.head
+                tied = self._may_tie and rule is family.head
                 if rule.optional or tied:
                     continue
                 raise ShortstackError(
@@ -132,7 +156,7 @@ class Checkpoint:
                     "Download the folder again."
                 )
             seen.add(name)
-        extra = sorted(set(self.tensors) - seen)
+        extra = sorted(n for n in set(self.tensors) - seen if not n.startswith(family.others))
         if extra:
             raise ShortstackError(
                 f"{self.path}: config.json disagrees with the tensors: {extra[0]} is unexpected "

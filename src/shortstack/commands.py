@@ -32,7 +32,7 @@ from shortstack.manifest import (
     write_text,
 )
 from shortstack.progress import Display
-from shortstack.prune.plan import PrunePlan, parse_drop
+from shortstack.prune.plan import PrunePlan, parse_removal
 from shortstack.recipe import BenchRecipe, ExportRecipe, PruneRecipe, VerifyRecipe
 from shortstack.runtimes import runtimes_for
 from shortstack.text import open_corpus
@@ -105,11 +105,11 @@ def prune_model(
         made = _fitting_plan(drop, plan_file, preview.checkpoint)
         expected = prune.predict_prune(preview.checkpoint, made)
         if dry_run:
-            return {"drop": list(made.drop), **expected}
+            return {**made.identity, **expected}
         require_space(out, expected["disk_bytes"] + preview.materialised_bytes)
     with opened(model, out, display) as checkpoint:
         made = _fitting_plan(drop, plan_file, checkpoint)
-        key = step_key("prune", {"model": checkpoint.sha256, "drop": list(made.drop)})
+        key = step_key("prune", {"model": checkpoint.sha256, "cut": made.identity})
         kept = finished(out, key)
         if kept is None:
             with display.step("Cut the layers") as progress, staged(out, "prune") as partial:
@@ -128,7 +128,10 @@ def _read_plan(file: Path, otherwise: str) -> PrunePlan:
 
 def _fitting_plan(drop: str | None, plan_file: Path | None, checkpoint: Checkpoint) -> PrunePlan:
     if plan_file is None:
-        return PrunePlan(checkpoint.n_layers, parse_drop(drop or ""), "explicit")
+        gone = parse_removal(drop or "")
+        return PrunePlan(
+            checkpoint.n_layers, gone.layers, "explicit", attention=gone.attention, mlp=gone.mlp
+        )
     made = _read_plan(plan_file, f"{plan_file} is no plan that can be read. Run: shortstack plan")
     if made.n_layers != checkpoint.n_layers:
         raise ShortstackError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +144,7 @@ def _row(name: str, size: int, ram: int, disk: int | None = None) -> dict[str, A
 
 
 def _stand_in(original: Checkpoint, choice: PruneRecipe) -> PrunePlan:
-    """A plan of the right size: layers of one family are all alike."""
+    """The plan, or one of the right size: the last layers, which no rhythm of layers minds."""
     prune.planner(choice.method)
     wanted = wanted_layers(choice)
     if isinstance(wanted, int):
@@ -154,21 +152,16 @@ def _stand_in(original: Checkpoint, choice: PruneRecipe) -> PrunePlan:
             raise ShortstackError(
                 f"cannot drop {wanted} of {original.n_layers} layers. Ask for fewer."
             )
-        return PrunePlan(original.n_layers, tuple(range(wanted)), choice.method)
-    return PrunePlan(original.n_layers, wanted, choice.method)
+        return PrunePlan(
+            original.n_layers,
+            tuple(range(original.n_layers - wanted, original.n_layers)),
+            choice.method,
+        )
+    return PrunePlan(
+        original.n_layers, wanted.layers, choice.method, attention=wanted.attention, mlp=wanted.mlp
+    )
 
 
 def preview_cut(original: Checkpoint, choice: PruneRecipe) -> Checkpoint:
     """The pruned checkpoint as headers, before it exists: only for predictions."""
-    plan = _stand_in(original, choice)
-    new_number = {old: new for new, old in enumerate(plan.keep)}
-    prefix, suffix = original.family.layer_prefix.split("{i}")
-    tensors = {}
-    for name, info in original.tensors.items():
-        number, _, rest = name.removeprefix(prefix).partition(suffix)
-        if not name.startswith(prefix):
-            tensors[name] = info
-        elif int(number) in new_number:
-            tensors[f"{prefix}{new_number[int(number)]}{suffix}{rest}"] = info
-    config: Mapping[str, Any] = {**original.config, "num_hidden_layers": len(plan.keep)}
-    return dataclasses.replace(original, config=config, tensors=tensors)
+    return prune.preview(original, _stand_in(original, choice))

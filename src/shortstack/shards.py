@@ -155,6 +155,15 @@ class ShardReader:
             left -= len(chunk)
             yield chunk
 
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop` of a tensor; the caller keeps the range small."""
+        info = self._checkpoint.tensors[name]
+        if info.file != self._open:
+            self._start(info.file)
+        assert self._file is not None
+        self._file.seek(self._data_start + self._header[name]["data_offsets"][0] + start)
+        return self._file.read(stop - start)
+
     def _start(self, file: str) -> None:
         if self._file:
             self._file.close()

@@ -22,7 +22,7 @@ from shortstack.export import exporter
 from shortstack.intake import open_model
 from shortstack.manifest import read_manifest
 from shortstack.progress import OnProgress
-from shortstack.prune.plan import PrunePlan, parse_drop
+from shortstack.prune.plan import PrunePlan, Removal, parse_removal
 from shortstack.recipe import (
     BenchRecipe,
     ExportRecipe,
@@ -59,11 +59,11 @@ def open_text(text: str | TextRecipe) -> Corpus:
     return open_corpus(text.model_dump() if isinstance(text, TextRecipe) else text)
 
 
-def wanted_layers(choice: PruneRecipe) -> int | tuple[int, ...]:
-    """A count for methods that choose, layer numbers for `explicit`."""
+def wanted_layers(choice: PruneRecipe) -> int | Removal:
+    """A count for methods that choose, layers and sub-blocks for `explicit`."""
     drop = choice.drop
     if choice.method == "explicit":
-        return tuple(sorted(drop)) if isinstance(drop, list) else parse_drop(str(drop))
+        return parse_removal(",".join(map(str, drop)) if isinstance(drop, list) else str(drop))
     if isinstance(drop, list) or not str(drop).isdecimal():
         raise ShortstackError(
             f"method {choice.method!r} chooses layers itself: drop must be a count, got {drop!r}. "
@@ -118,7 +118,7 @@ def choose_layers(
 
 def cut(folder: RunFolder, original: Checkpoint, made: PrunePlan) -> Checkpoint:
     """Write the pruned checkpoint."""
-    inputs = {"model": original.sha256, "drop": list(made.drop)}
+    inputs = {"model": original.sha256, "cut": made.identity}
 
     def make(partial: Path, progress: OnProgress) -> dict[str, Any]:
         return cut_facts(
@@ -134,6 +134,7 @@ def cut_facts(original: Checkpoint, made: PrunePlan, pruned: Checkpoint) -> dict
         "source_sha256": original.sha256,
         "sha256": pruned.sha256,
         "drop": list(made.drop),
+        "removed": {"attention": list(made.attention), "mlp": list(made.mlp)},
         "method": made.method,
         "n_layers": pruned.n_layers,
         "n_params": pruned.n_params,

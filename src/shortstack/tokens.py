@@ -24,7 +24,7 @@ class Encoder:
             )
         self._tokenizer = Tokenizer.from_file(str(file))
         around = self._tokenizer.encode("", add_special_tokens=True).ids
-        bos = checkpoint.config.get("bos_token_id")
+        bos = checkpoint.text.get("bos_token_id")
         self.prefix: list[int] = [i for i in around[:1] if i == bos]
 
     def encode(self, text: str) -> list[int]:

@@ -11,10 +11,11 @@ import gguf
 import numpy as np
 import pytest
 
+from shortstack import floats
 from shortstack.artifact import ExportSpec
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
-from shortstack.export import exporter, to_gguf, weights
+from shortstack.export import exporter, gguf_types, gguf_write, to_gguf
 from shortstack.export.gguf_meta import rope_factors
 from shortstack.runtimes import open_session
 
@@ -51,7 +52,7 @@ def test_without_the_permutation_of_q_the_distance_shows_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(to_gguf, "interleave_rope", lambda array, heads: array)
+    monkeypatch.setattr(gguf_write, "interleave_rope", lambda array, heads: array)
     artifact = to_gguf.export(checkpoint, spec("F32"), tmp_path)
     assert min(distance(checkpoint, artifact.path, "llama.cpp")) > 0.1
 
@@ -80,7 +81,7 @@ def test_each_precision_is_as_near_as_its_bits_allow(
 
 
 def test_a_table_line_exists_for_every_precision_the_tests_know() -> None:
-    assert set(to_gguf.PRECISIONS) == {
+    assert set(gguf_types.PRECISIONS) == {
         *("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_1", "Q4_0"),
     }
 
@@ -213,7 +214,7 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
 
     values = np.array([1.0, 1.00390625, 1.01171875, -3.14159, 1e-30, 65504.0], np.float32)
     expected = torch.from_numpy(values).bfloat16().float().numpy()
-    np.testing.assert_array_equal(weights.from_bfloat16(weights.to_bfloat16(values)), expected)
+    np.testing.assert_array_equal(floats.from_bfloat16(floats.to_bfloat16(values)), expected)
 
 
 @pytest.mark.parametrize(

@@ -76,9 +76,9 @@ def test_weights_keep_type_and_bytes(make_model: Callable[..., Path], out: Path)
     original = Checkpoint.open(make_model("llama-untied", dtype=torch.bfloat16))
     pruned = apply_plan(original, PLAN, out)
     with ShardReader(original) as before, ShardReader(pruned) as after:
-        for new, old in prepare(original, PLAN).old_name.items():
+        for new, source in prepare(original, PLAN).source.items():
             assert pruned.tensors[new].dtype == "BF16"
-            assert b"".join(after.chunks(new)) == b"".join(before.chunks(old))
+            assert b"".join(after.chunks(new)) == b"".join(source.chunks(before))
 
 
 def test_tokenizer_files_are_copied_byte_for_byte(any_model: Path, out: Path) -> None:
@@ -111,7 +111,7 @@ def test_shards_in_give_shards_out_and_the_same_model(
     surgery = prepare(original, PLAN, max_shard=20_000)
     with ShardReader(original) as reader, ShardWriter(out, surgery.layout) as writer:
         for name in writer.names:
-            writer.write(name, reader.chunks(surgery.old_name[name], size=1000))
+            writer.write(name, surgery.source[name].chunks(reader))
     (out / "config.json").write_text(surgery.config_text)
     written = sum(file.stat().st_size for file in out.iterdir() if file.name != "config.json")
     assert written == surgery.layout.n_bytes

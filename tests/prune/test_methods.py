@@ -13,6 +13,7 @@ from shortstack.errors import ShortstackError
 from shortstack.prune import METHODS, planner
 from shortstack.prune.calibrate import LayerwiseModel, batches
 from shortstack.prune.leave_one_out import leave_one_out
+from shortstack.prune.plan import Removal
 from shortstack.text import open_corpus, token_windows
 
 SCORED = sorted(name for name, method in METHODS.items() if method.needs_text)
@@ -42,7 +43,7 @@ def random_windows(length: int = 24, count: int = 5) -> list[list[int]]:
 
 
 def test_explicit_drops_what_was_named(tiny: Path) -> None:
-    plan = planner("explicit")(Checkpoint.open(tiny), drop=(1, 4), windows=[])
+    plan = planner("explicit")(Checkpoint.open(tiny), drop=Removal((1, 4)), windows=[])
     assert (plan.drop, plan.method, plan.scores) == ((1, 4), "explicit", ())
 
 
@@ -143,7 +144,7 @@ def test_an_unknown_method_names_the_nearest() -> None:
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_an_option_that_no_method_knows_is_refused(name: str, tiny: Path) -> None:
     with pytest.raises(ShortstackError, match="unknown option of method"):
-        planner(name)(Checkpoint.open(tiny), drop=(1,), windows=[[1, 2]], protect_frist=1)
+        planner(name)(Checkpoint.open(tiny), drop=Removal((1,)), windows=[[1, 2]], protect_frist=1)
 
 
 @pytest.mark.parametrize("name", SCORED)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from shortstack.errors import ShortstackError
-from shortstack.prune import PrunePlan, parse_drop
+from shortstack.prune import PrunePlan, Removal, parse_drop, parse_removal
 
 
 def test_keep_is_what_is_not_dropped() -> None:
@@ -50,7 +50,7 @@ def changed(**fields: Any) -> str:
     [
         ("{", "not JSON"),
         ("[]", "schema None"),
-        (changed(schema=2), "schema 2, this version reads 1"),
+        (changed(schema=1), "schema 1, this version reads 2"),
         (changed(droop=[2]), "unknown or missing field 'droop'"),
         (changed(method=...), "unknown or missing field 'method'"),
         (changed(drop="1"), "wrong type"),
@@ -58,6 +58,13 @@ def changed(**fields: Any) -> str:
         (changed(n_layers=6.0), "wrong type"),
         (changed(scores=["a"]), "wrong type"),
         (changed(drop=[7]), "there is no layer 7"),
+        (changed(attention=[7]), "there is no layer 7"),
+        (changed(merge={"2": {"9": 1.0}}), "there is no layer 9"),
+        (changed(merge={"2": 3}), "wrong type"),
+        (changed(replace={"two": "f"}), "wrong type"),
+        (changed(mlp=[1]), "layer 1 is dropped and changed"),
+        (changed(mlp=[2], attention=[2]), "Drop the whole layer: 2"),
+        (changed(mlp=[2], replace={"2": "f"}), "changed in two ways"),
     ],
 )
 def test_a_foreign_plan_is_refused(text: str, words: str) -> None:
@@ -76,6 +83,12 @@ def test_a_foreign_plan_is_refused(text: str, words: str) -> None:
 )
 def test_layers_are_read_from_numbers_and_ranges(text: str, layers: tuple[int, ...]) -> None:
     assert parse_drop(text) == layers
+
+
+def test_sub_blocks_are_read_beside_layers() -> None:
+    assert parse_removal("11-12,3.attention,5-6.mlp") == Removal((11, 12), (3,), (5, 6))
+    with pytest.raises(ShortstackError, match="only whole layers"):
+        parse_drop("3.mlp")
 
 
 @pytest.mark.parametrize("text", ["", "a", "3-1", "1,,2", "-1", "1-2-3", "1.5", "1,1", "1-3,2"])

@@ -104,7 +104,7 @@ class GgufModel:
     def _match(self) -> Iterator[tuple[str, ReaderTensor, TensorRule, tuple[int, ...]]]:
         seen = {ROPE_FACTORS}
         shapes = self.shapes
-        for name, rule, shape, layer in expected_tensors(self.family, self.config):
+        for name, rule, shape, layer in expected_tensors(self.family, dims(self.config)):
             gguf_name = rule.gguf if layer is None else f"blk.{layer}.{rule.gguf}"
             if gguf_name not in shapes:
                 if rule.optional or rule is self.family.head:
