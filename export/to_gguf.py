@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shortstack import activations
+from shortstack.activations import refuse_float16
 from shortstack.artifact import Artifact, ExportSpec
 from shortstack.checkpoint import Checkpoint, hash_files
 from shortstack.disk import require_space
-from shortstack.errors import ShortstackError, require, unknown
+from shortstack.errors import VerificationError, require, unknown
+from shortstack.export.gguf_arch import target_notes
 from shortstack.export.gguf_meta import check_config
+from shortstack.export.gguf_mix import Choice, is_matrix
+from shortstack.export.gguf_options import (
+    check_options,
+    overrides,
+    refuse_without_text,
+    types_of,
+    wants_importance,
+)
 from shortstack.export.gguf_quantize import quantize
-from shortstack.export.gguf_types import FALLBACK, PRECISIONS, TYPES, Precision
+from shortstack.export.gguf_types import PRECISIONS, TYPES
 from shortstack.export.gguf_vocab import read_vocabulary
-from shortstack.export.gguf_write import gguf_package, stored_tensors, write_floats
-from shortstack.families import TensorRule, window_note
+from shortstack.export.gguf_write import entries, gguf_package, write_floats
+from shortstack.export.importance import observe
+from shortstack.export.importance_file import FILE as IMPORTANCE
 from shortstack.progress import OnProgress, silent
-
-OPTIONS = ("head", "embedding")
-"""`head`: type of the output matrix; `embedding`: of the token table. Tied, they are one."""
 
 
 def check(checkpoint: Checkpoint, spec: ExportSpec) -> None:
@@ -34,40 +44,21 @@ def check_headers(checkpoint: Checkpoint, spec: ExportSpec) -> None:
     require(("gguf", "llama_cpp"), "gguf", "the export to GGUF")
     if spec.precision not in PRECISIONS:
         raise unknown("GGUF precision", spec.precision, PRECISIONS)
-    for option, value in spec.options:
-        if option not in OPTIONS:
-            raise unknown("option of the gguf export", option, OPTIONS)
-        if value not in TYPES:
-            raise unknown(f"GGUF type for {option}", value, TYPES)
-        width = checkpoint.dims["d"]
-        if width % TYPES[value].block:
-            fits = [name for name, facts in TYPES.items() if width % facts.block == 0]
-            raise ShortstackError(
-                f"{option}: {value} needs rows that are multiples of {TYPES[value].block}, this "
-                f"model's have {width}. Choose one of: {', '.join(fits)}."
-            )
-    head, embedding = spec.option("head"), spec.option("embedding")
-    if checkpoint.tied and head and embedding and head != embedding:
-        raise ShortstackError(
-            f"head {head} and embedding {embedding} differ, but this model's head is its "
-            "embedding: one table, one type. Give only one of them."
-        )
+    check_options(checkpoint, spec, tensor_shapes(checkpoint))
     check_config(checkpoint)
 
 
 def predict(checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, int]:
-    """Sizes by the tables above; libllama gives some K-quant tensors more bits, so ± 10 %."""
+    """Sizes by libllama's own mixes; what the tokenizer takes is estimated."""
     check_headers(checkpoint, spec)
-    precision = PRECISIONS[spec.precision]
-    size = largest = 0
-    for rule, shape, hf_name in stored_tensors(checkpoint):
-        n_params = math.prod(shape)
-        largest = max(largest, n_params)
-        kind = _predicted_type(checkpoint, spec, precision, rule, shape)
-        size += int(n_params * TYPES[kind].bits / 8)
-        del hf_name
-    size += 64 * checkpoint.dims["vocab"]  # tokenizer
+    shapes = tensor_shapes(checkpoint)
+    chosen = types_of(checkpoint, spec, shapes)
+    size = 64 * checkpoint.dims["vocab"]  # tokenizer
+    for name, shape in shapes.items():
+        kind = chosen[name].type if name in chosen else "F32"
+        size += math.prod(shape[:-1]) * TYPES[kind].row_bytes(shape[-1])
     intermediate = _intermediate_bytes(checkpoint) if _needs_quantizer(spec) else 0
+    largest = max(math.prod(shape) for shape in shapes.values())
     return {
         "size_bytes": size,
         "peak_ram_bytes": 150_000_000 + 8 * largest + intermediate,
@@ -75,29 +66,46 @@ def predict(checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, int]:
     }
 
 
+def tensor_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Name in the GGUF file -> shape."""
+    return {entry.name: entry.shape for entry in entries(checkpoint)}
+
+
 def export(
-    checkpoint: Checkpoint, spec: ExportSpec, out: Path, *, progress: OnProgress = silent
+    checkpoint: Checkpoint,
+    spec: ExportSpec,
+    out: Path,
+    *,
+    calibration: Sequence[Sequence[int]] = (),
+    progress: OnProgress = silent,
 ) -> Artifact:
     """Write `out`/model-PRECISION.gguf.
 
     Quantized files are made from an intermediate file that keeps the checkpoint's own types, so
-    that weights are rounded once.
+    that weights are rounded once. `calibration` (token windows) is what an importance matrix is
+    computed on.
     """
     check(checkpoint, spec)
     require_space(out, predict(checkpoint, spec)["disk_bytes"])
+    shapes = tensor_shapes(checkpoint)
+    chosen = types_of(checkpoint, spec, shapes)
     target = out / f"model-{spec.precision}.gguf"
     vocabulary = read_vocabulary(checkpoint.path, checkpoint.dims["vocab"])
-    notes = [*window_note(checkpoint.config), *filter(None, (vocabulary.note,))]
+    notes = [*target_notes(checkpoint), *filter(None, (vocabulary.note,))]
+    importance = out / IMPORTANCE if wants_importance(checkpoint, spec, shapes) else None
+    notes += _calibrate(checkpoint, spec, chosen, calibration, importance)
     if _needs_quantizer(spec):
         source = out / "intermediate.gguf"
+        request = _quantize_request(checkpoint, spec, importance)
         try:
             write_floats(checkpoint, source, None, progress)
-            notes += quantize(source, target, _quantize_request(checkpoint, spec))
+            quantize(source, target, request)
         finally:
             source.unlink(missing_ok=True)
     else:
         write_floats(checkpoint, target, spec.precision, progress)
     table = read_table(target)
+    _check_types(checkpoint, spec, target, table)
     return Artifact(
         path=target,
         spec=spec,
@@ -107,22 +115,52 @@ def export(
         weight_bytes_per_token=_bytes_per_token(table),
         sha256=hash_files(out, [target.name]),
         source_sha256=checkpoint.sha256,
-        notes=(*notes, _types_note(table)),
+        notes=(*notes, *_fallback_notes(chosen, table), _types_note(table)),
     )
+
+
+def _calibrate(
+    checkpoint: Checkpoint,
+    spec: ExportSpec,
+    chosen: Mapping[str, Choice],
+    windows: Sequence[Sequence[int]],
+    importance: Path | None,
+) -> list[str]:
+    """Run the model on calibration text where its result matters; write the file `importance`.
+
+    With F16 weights llama.cpp rounds what they are multiplied with to F16, too: inputs beyond its
+    range would become infinite. Raises ShortstackError for these, and for missing text.
+    """
+    in_float16 = any(choice.type == "F16" for choice in chosen.values())
+    if importance is None and not (in_float16 and windows):
+        return []
+    if not windows:
+        refuse_without_text(spec, chosen)
+    seen = observe(checkpoint, windows, importance)
+    if in_float16:
+        refuse_float16(seen.inputs, f"{spec.precision} in GGUF", "Export to BF16 or Q8_0.")
+    found = [*activations.notes(seen)]
+    if importance is not None:
+        found.append(f"importance matrix from {seen.n_tokens} tokens of calibration text")
+    return found
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """One line of a GGUF file's tensor table."""
+    """One line of a GGUF file's tensor table; `width` is the row length."""
 
     name: str
     type: str
     n_bytes: int
+    width: int
 
 
 def read_table(path: Path) -> list[TableRow]:
     reader = gguf_package().GGUFReader(path)
-    return [TableRow(t.name, t.tensor_type.name, int(t.n_bytes)) for t in reader.tensors]
+    return [
+        TableRow(t.name, t.tensor_type.name, int(t.n_bytes), int(t.shape[0]))
+        for t in reader.tensors
+    ]
 
 
 def _bytes_per_token(table: list[TableRow]) -> int:
@@ -136,41 +174,65 @@ def _types_note(table: list[TableRow]) -> str:
     return "tensor types: " + ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
 
 
+def _fallback_notes(chosen: Mapping[str, Choice], table: list[TableRow]) -> list[str]:
+    """What the file's own table has instead of the types that the mix asks for, and why."""
+    other = [row for row in table if row.name in chosen and row.type != chosen[row.name].wanted]
+    if not other:
+        return []
+    counts = Counter((chosen[row.name].wanted, row.type) for row in other)
+    widths = sorted({row.width for row in other})
+    pairs = ", ".join(f"{n} {wanted} -> {got}" for (wanted, got), n in counts.most_common())
+    return [
+        f"{len(other)} of {len(chosen)} matrices fell back to another type, as their rows "
+        f"({', '.join(map(str, widths))} long) are no whole blocks: {pairs}"
+    ]
+
+
+def _check_types(
+    checkpoint: Checkpoint, spec: ExportSpec, target: Path, table: list[TableRow]
+) -> None:
+    """Read back what the options asked for. Raises VerificationError, and leaves no file."""
+    asked = overrides(spec, tensor_shapes(checkpoint))
+    tables = {"output.weight": spec.option("head"), "token_embd.weight": spec.option("embedding")}
+    if checkpoint.tied:
+        tables["token_embd.weight"] = tables["token_embd.weight"] or tables["output.weight"]
+    asked |= {name: kind for name, kind in tables.items() if kind}
+    for row in table:
+        if asked.get(row.name, row.type) != row.type:
+            target.unlink()
+            raise VerificationError(
+                f"{target.name}: {row.name} became {row.type}, asked for was {asked[row.name]}: "
+                "this libllama does otherwise than the one we know. Leave the option out."
+            )
+
+
 def _needs_quantizer(spec: ExportSpec) -> bool:
-    return PRECISIONS[spec.precision].quantized or bool(spec.options)
-
-
-def _predicted_type(
-    checkpoint: Checkpoint,
-    spec: ExportSpec,
-    precision: Precision,
-    rule: TensorRule,
-    shape: tuple[int, ...],
-) -> str:
-    if len(shape) == 1:
-        return "F32"
-    embedding = rule is not checkpoint.family.head and rule.shape[0] == "vocab"
-    is_head = rule is checkpoint.family.head or (embedding and checkpoint.tied)
-    if is_head:
-        kind = spec.option("head") or (spec.option("embedding") if embedding else None)
-        kind = kind or precision.head
-    elif embedding:
-        kind = spec.option("embedding") or precision.body
-    else:
-        kind = precision.body
-    return kind if shape[-1] % TYPES[kind].block == 0 else FALLBACK[kind]
+    return PRECISIONS[spec.precision].quantized or any(
+        spec.option(option) for option in ("head", "embedding", "tensors")
+    )
 
 
 def _intermediate_bytes(checkpoint: Checkpoint) -> int:
     return checkpoint.n_bytes + 64 * checkpoint.dims["vocab"]
 
 
-def _quantize_request(checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, Any]:
+def _quantize_request(
+    checkpoint: Checkpoint, spec: ExportSpec, importance: Path | None
+) -> dict[str, Any]:
     head, embedding = spec.option("head"), spec.option("embedding")
     if checkpoint.tied:  # one table: llama.cpp knows it as the embedding
         head = embedding = head or embedding
+    shapes = tensor_shapes(checkpoint)
+    precision = PRECISIONS[spec.precision]
+    named = overrides(spec, shapes)
+    if named and not precision.quantized:
+        # libllama heeds overrides only on the way to a quantized type: name every tensor.
+        matrices = [name for name, shape in shapes.items() if is_matrix(name, shape)]
+        named = {**dict.fromkeys(matrices, precision.body), **named}
     return {
-        "file_type": PRECISIONS[spec.precision].file_type,
+        "file_type": precision.file_type,
         "head": head,
         "embedding": embedding,
+        "overrides": named,
+        "importance": str(importance) if importance else None,
     }

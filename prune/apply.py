@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any
 from shortstack.checkpoint import Checkpoint
 from shortstack.disk import disk_errors, require_space
 from shortstack.errors import MissingExtraError, ShortstackError, one_line
-from shortstack.families import REMOVED
+from shortstack.families import REMOVED, rotates
 from shortstack.progress import OnProgress, silent
 from shortstack.prune.per_layer import cut_config
 from shortstack.prune.plan import PrunePlan
@@ -93,12 +94,21 @@ def apply_plan(
                 writer.write(name, surgery.source[name].chunks(reader))
                 progress(done, len(surgery.source))
         (out / "config.json").write_text(surgery.config_text, encoding="utf-8")
-        (out / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")
+        (out / PLAN_FILE).write_text(_noted(checkpoint, plan).to_json(), encoding="utf-8")
         for file in checkpoint.tokenizer_files:
             shutil.copyfile(file, out / file.name)
     pruned = Checkpoint.open(out)
     check_loadable(pruned)
     return pruned
+
+
+def _noted(checkpoint: Checkpoint, plan: PrunePlan) -> PrunePlan:
+    """Note which layers of the original rotate, if not all: a refused export says which cuts keep
+    that rhythm."""
+    kinds = list(rotates(checkpoint.family, checkpoint.text))
+    if all(kinds):
+        return plan
+    return dataclasses.replace(plan, facts={**plan.facts, "rotates": kinds})
 
 
 def check_loadable(checkpoint: Checkpoint) -> None:

@@ -60,7 +60,7 @@ GEMMA3: dict[str, Any] = {
 LONG_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
-    "original_max_position_embeddings": 64,
+    "original_max_position_embeddings": 256,
     "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
     "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 4.0],
     "partial_rotary_factor": 0.75,
@@ -101,7 +101,8 @@ ZOO: dict[str, Specimen] = {
             "sliding_window": None,
             "tie_word_embeddings": True,
             "partial_rotary_factor": 0.75,
-            "original_max_position_embeddings": 64,
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 256,
             "rope_parameters": LONG_ROPE,
         },
     ),
@@ -129,7 +130,9 @@ def make_model(name: str, folder: Path) -> Path:
     model = _multimodal() if name == MULTIMODAL else _decoder(ZOO[name])
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            _randomize(key, parameter, unit_offset="Gemma" in type(model).__name__)
+            kind = type(model).__name__
+            post_norms = ("post_",) if "Olmo" in kind else ()
+            _randomize(key, parameter, "Gemma" in kind, post_norms)
     model.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(TOKENIZER / file, folder / file)
@@ -159,13 +162,17 @@ def _multimodal() -> PreTrainedModel:
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
-def _randomize(name: str, parameter: torch.Tensor, *, unit_offset: bool) -> None:
+def _randomize(
+    name: str, parameter: torch.Tensor, unit_offset: bool, post_norms: tuple[str, ...]
+) -> None:
     """Weights that keep the signal's size, norms and biases that matter."""
     if "norm" in name and name.endswith("weight"):
-        parameter.normal_(0.0 if unit_offset else 1.0, 0.3)
+        after = not unit_offset and any(kind in name for kind in post_norms)
+        parameter.normal_(0.0 if unit_offset else 0.3 if after else 1.0, 0.1 if after else 0.3)
     elif parameter.ndim < 2:
         parameter.normal_(0.0, 0.1)
     elif "embed" in name or "lm_head" in name:
         parameter.normal_(0.0, 0.3)
-    else:
-        parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+    else:  # outputs as small as in a trained model: else rounding in a float16 cache is amplified
+        gain = 0.3 if "o_proj" in name or "down_proj" in name else 1.0
+        parameter.normal_(0.0, gain * parameter.shape[-1] ** -0.5)

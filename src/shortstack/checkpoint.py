@@ -93,6 +93,16 @@ class Checkpoint:
         return removed_sub_blocks(self.text)
 
     @property
+    def cut_facts(self) -> Mapping[str, Any]:
+        """What plan.json beside the config says of the cut that made this folder; may be empty."""
+        file = self.path / "plan.json"
+        try:
+            plan = json.loads(file.read_text(encoding="utf-8"))
+            return {"drop": plan["drop"], **plan["facts"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    @property
     def n_layers(self) -> int:
         return int(self.text["num_hidden_layers"])
 

@@ -159,10 +159,12 @@ def prune(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Cut layers out of a model; the result is a plain Hugging Face folder."""
-    from shortstack import commands, terminal
+    """Cut layers out of a model; the result is a plain Hugging Face folder, or, where MODEL and
+    OUT are .gguf files, a GGUF file with its quantized bytes untouched."""
+    from shortstack import commands, gguf_commands, terminal
 
-    result = commands.prune_model(
+    cut = gguf_commands.cut_model if gguf_commands.wanted(model, out) else commands.prune_model
+    result = cut(
         model, drop, plan, out, dry_run=dry_run, display=terminal.display(quiet or as_json)
     )
     _answer(result, as_json, lambda: terminal.print_facts(result, quiet))

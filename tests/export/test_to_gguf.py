@@ -15,7 +15,7 @@ from shortstack import floats
 from shortstack.artifact import ExportSpec
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
-from shortstack.export import exporter, gguf_types, gguf_write, to_gguf
+from shortstack.export import exporter, gguf_write, to_gguf
 from shortstack.export.gguf_meta import rope_factors
 from shortstack.runtimes import open_session
 
@@ -80,15 +80,10 @@ def test_each_precision_is_as_near_as_its_bits_allow(
     assert predicted == pytest.approx(artifact.size_bytes, rel=0.12)
 
 
-def test_a_table_line_exists_for_every_precision_the_tests_know() -> None:
-    assert set(gguf_types.PRECISIONS) == {
-        *("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_1", "Q4_0"),
-    }
-
-
 def test_rows_that_fit_no_k_quant_are_told(checkpoint: Checkpoint, tmp_path: Path) -> None:
     artifact = to_gguf.export(checkpoint, spec("Q4_K_M"), tmp_path)
-    assert any("no multiple of 256" in note for note in artifact.notes)
+    (note,) = (note for note in artifact.notes if "fell back" in note)
+    assert "Q4_K -> Q5_0" in note
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "llama-untied"])

@@ -15,6 +15,7 @@ from shortstack.checkpoint import Checkpoint
 from shortstack.disk import disk_errors, require_space
 from shortstack.errors import MissingExtraError, ShortstackError, one_line
 from shortstack.families import FAMILIES, Family, TensorRule, dims, expected_tensors
+from shortstack.gguf_header import check_vocabulary, read_header
 from shortstack.intake import Preview
 from shortstack.intake.gguf_config import ROPE_FACTORS, rebuild_config
 from shortstack.intake.gguf_tokenizer import write_tokenizer
@@ -73,7 +74,12 @@ class GgufModel:
     def open(cls, file: Path) -> GgufModel:
         """Read the header. Raises ShortstackError for all we cannot turn into a folder exactly."""
         reader = _read(file)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
+        try:
+            fields = {name: field.contents() for name, field in reader.fields.items()}
+        except UnicodeDecodeError:
+            raise ShortstackError(
+                f"{file} is damaged: a string in its metadata is not UTF-8. Download it again."
+            ) from None
         return cls(file, reader, fields)
 
     @property
@@ -161,20 +167,17 @@ def _rows_f32(tensor: ReaderTensor, rope_heads: int) -> Iterator[NDArray[np.floa
 
 def _read(file: Path) -> GGUFReader:
     try:
-        from gguf import GGUFEndian, GGUFReader
+        from gguf import GGUFReader
     except ImportError:
         raise MissingExtraError("gguf", "gguf", "opening a .gguf file") from None
-    with file.open("rb") as opened:
-        if opened.read(4) != b"GGUF":
-            raise ShortstackError(f"{file} is not a GGUF file. Download it again.")
+    check_vocabulary(read_header(file))
     try:
         reader = GGUFReader(file)
     except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
         raise ShortstackError(
-            f"{file} is truncated or damaged ({one_line(str(error), 120)}). Download it again."
+            f"{file} is beyond what the gguf package can read ({one_line(str(error), 120)}). "
+            "Update it: pip install -U gguf"
         ) from None
-    if reader.endianess != GGUFEndian.LITTLE:
-        raise ShortstackError(f"{file} is big-endian. Use the little-endian file.")
     _check_types(file, reader)
     return reader
 

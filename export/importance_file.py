@@ -1,0 +1,60 @@
+"""The importance matrix as a file, in the GGUF layout of llama.cpp's own imatrix tool.
+
+For a weight matrix NAME it holds `NAME.in_sum2`, the sum over tokens of each input channel's
+square, and `NAME.counts`, the number of tokens (tools/imatrix/imatrix.cpp): llama-quantize reads
+it with --imatrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shortstack.disk import disk_errors
+from shortstack.errors import ShortstackError
+from shortstack.export.gguf_write import gguf_package
+
+FILE = "imatrix.gguf"
+FLOOR = 1e-6
+"""Least weight of a channel against the mean: a block of zeros has no best scale."""
+
+Squares = Mapping[str, tuple[NDArray[np.float64], int]]
+"""Name of a matrix -> sums of squares, one an input channel, and the tokens counted."""
+
+
+def write_importance(path: Path, squares: Squares, n_windows: int, window_tokens: int) -> None:
+    writer = gguf_package().GGUFWriter(str(path), "")
+    writer.kv_data[0].pop("general.architecture", None)  # llama.cpp's tool writes none
+    writer.add_string("general.type", "imatrix")
+    writer.add_array("imatrix.datasets", ["calibration text"])
+    writer.add_uint32("imatrix.chunk_count", n_windows)
+    writer.add_uint32("imatrix.chunk_size", window_tokens)
+    for name, (sums, count) in squares.items():
+        writer.add_tensor(f"{name}.in_sum2", np.asarray(sums, np.float32)[None, :])
+        writer.add_tensor(f"{name}.counts", np.array([[count]], np.float32))
+    with disk_errors(path):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def read_importance(path: Path) -> dict[str, NDArray[np.float32]]:
+    """Mean square of every input channel, as libllama takes it: name -> (row length,)."""
+    tensors = {t.name: np.array(t.data).ravel() for t in gguf_package().GGUFReader(path).tensors}
+    found: dict[str, NDArray[np.float32]] = {}
+    for name, counts in tensors.items():
+        stem, dot, last = name.rpartition(".")
+        if dot and last == "counts":
+            mean = tensors[f"{stem}.in_sum2"] / counts[0]
+            if not np.isfinite(mean).all():
+                raise ShortstackError(
+                    f"the inputs of {stem} are not finite on the calibration text: the model is "
+                    "broken, or the cut broke it. Try another cut."
+                )
+            floor = FLOOR * float(mean.mean()) or 1.0
+            found[stem] = np.maximum(mean, floor).astype(np.float32)
+    return found
