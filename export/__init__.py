@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -15,7 +16,7 @@ EXPORTERS: dict[str, str] = {
     "gguf": "shortstack.export.to_gguf",
     "onnx": "shortstack.export.to_onnx",
 }
-"""Format -> module with `PRECISIONS`, `check`, `predict` and `export`."""
+"""Format -> module with `PRECISIONS` and what `Exporter` names."""
 
 
 class Exporter(Protocol):
@@ -28,15 +29,27 @@ class Exporter(Protocol):
         """`size_bytes`, `peak_ram_bytes` and `disk_bytes` (at once, intermediate files too)."""
         ...
 
+    def context_tokens(self, checkpoint: Checkpoint, spec: ExportSpec) -> int | None:
+        """Up to how many tokens the artifact computes what the checkpoint does; None: no limit."""
+        ...
+
+    def calibrates(self, checkpoint: Checkpoint, spec: ExportSpec) -> bool:
+        """Whether `export` makes use of calibration text."""
+        ...
+
     def export(
         self,
         checkpoint: Checkpoint,
         spec: ExportSpec,
         out: Path,
         *,
+        calibration: Sequence[Sequence[int]] = (),
         progress: OnProgress = silent,
     ) -> Artifact:
-        """Write into the existing folder `out`, which the caller stages and moves."""
+        """Write into the existing folder `out`, which the caller stages and moves.
+
+        `calibration`: token windows of one length, for importance and activation ranges.
+        """
         ...
 
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shortstack import activations
+from shortstack import activations, families
 from shortstack.activations import refuse_float16
 from shortstack.artifact import Artifact, ExportSpec
 from shortstack.checkpoint import Checkpoint, hash_files
 from shortstack.disk import require_space
 from shortstack.errors import VerificationError, require, unknown
-from shortstack.export.gguf_arch import target_notes
+from shortstack.export.gguf_arch import Target, target_notes
 from shortstack.export.gguf_meta import check_config
 from shortstack.export.gguf_mix import Choice, is_matrix
 from shortstack.export.gguf_options import (
@@ -64,6 +64,18 @@ def predict(checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, int]:
         "peak_ram_bytes": 150_000_000 + 8 * largest + intermediate,
         "disk_bytes": size + intermediate,
     }
+
+
+def context_tokens(checkpoint: Checkpoint, spec: ExportSpec) -> int | None:
+    """The model's context; its sliding window where the architecture has none."""
+    return families.context_tokens(checkpoint.config, windowed=Target.of(checkpoint).has_windows)
+
+
+def calibrates(checkpoint: Checkpoint, spec: ExportSpec) -> bool:
+    """For an importance matrix, and before anything is written as F16."""
+    shapes = tensor_shapes(checkpoint)
+    chosen = types_of(checkpoint, spec, shapes).values()
+    return wants_importance(checkpoint, spec, shapes) or any(c.type == "F16" for c in chosen)
 
 
 def tensor_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

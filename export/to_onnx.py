@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from shortstack import families
 from shortstack.artifact import Artifact, ExportSpec
 from shortstack.checkpoint import Checkpoint, hash_files
 from shortstack.disk import disk_errors, require_space
 from shortstack.errors import MissingExtraError, ShortstackError, require, unknown
 from shortstack.export.onnx_build import build
-from shortstack.families import check_rope, context_tokens, window_note
+from shortstack.families import check_rope, window_note
 from shortstack.progress import OnProgress, silent
 
 MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "genai_config.json"
@@ -115,8 +117,22 @@ def _quantized_bytes(checkpoint: Checkpoint, spec: ExportSpec) -> int:
     return int((n_body * body + n_wide * eight + table * tables) / 8)
 
 
+def context_tokens(checkpoint: Checkpoint, spec: ExportSpec) -> int | None:
+    """The model's context, or its sliding window: the graphs attend to everything."""
+    return families.context_tokens(checkpoint.config)
+
+
+def calibrates(checkpoint: Checkpoint, spec: ExportSpec) -> bool:
+    return False
+
+
 def export(
-    checkpoint: Checkpoint, spec: ExportSpec, out: Path, *, progress: OnProgress = silent
+    checkpoint: Checkpoint,
+    spec: ExportSpec,
+    out: Path,
+    *,
+    calibration: Sequence[Sequence[int]] = (),
+    progress: OnProgress = silent,
 ) -> Artifact:
     """Write model.onnx, model.onnx.data, genai_config.json and the tokenizer's files into `out`."""
     check(checkpoint, spec)
@@ -136,7 +152,7 @@ def export(
         )
         with disk_errors(out / DATA):
             _move_model(checkpoint, spec, made, out, graph)
-            _move_config(checkpoint, made / CONFIG, out / CONFIG)
+            _move_config(checkpoint, spec, made / CONFIG, out / CONFIG)
             for file in checkpoint.tokenizer_files:
                 shutil.copyfile(file, out / file.name)
     finally:
@@ -173,10 +189,10 @@ def _move_model(
         shutil.move(made / name, out / name)
 
 
-def _move_config(checkpoint: Checkpoint, made: Path, out: Path) -> None:
+def _move_config(checkpoint: Checkpoint, spec: ExportSpec, made: Path, out: Path) -> None:
     """Cut the context at a sliding window: the built graph attends to everything."""
     content = json.loads(made.read_text(encoding="utf-8"))
-    context = context_tokens(checkpoint.config)
+    context = context_tokens(checkpoint, spec)
     if context is not None and context < content["model"]["context_length"]:
         content["model"]["context_length"] = content["search"]["max_length"] = context
     out.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")

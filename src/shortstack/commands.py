@@ -33,9 +33,16 @@ from shortstack.manifest import (
 )
 from shortstack.progress import Display
 from shortstack.prune.plan import PrunePlan, parse_removal
-from shortstack.recipe import BenchRecipe, ExportRecipe, PruneRecipe, VerifyRecipe
+from shortstack.recipe import (
+    BenchRecipe,
+    CalibrationRecipe,
+    ExportRecipe,
+    PruneRecipe,
+    VerifyRecipe,
+)
 from shortstack.runtimes import runtimes_for
 from shortstack.text import open_corpus
+from shortstack.windows import unseen_windows
 
 
 def split_option(text: str) -> tuple[str, str]:
@@ -160,7 +167,7 @@ def export(
     preview = forecast.preview_or_refuse(model) if dry_run else preview_model(model)
     checks = VerifyRecipe()
     if preview is not None:
-        checks = forecast.fitting_checks(preview.checkpoint)
+        checks = forecast.fitting_checks(preview.checkpoint, wanted)
         expected = exporter(spec.format).predict(preview.checkpoint, spec)
         if dry_run:
             return {"export": spec.slug, **expected}
@@ -173,14 +180,23 @@ def export(
         if kept is None:
             with staged(out, "export") as partial:
                 log_probs = partial / "log_probs.npy"
-                windows = steps.unseen_windows(checkpoint, corpus, checks)
+                checks = steps.checks_for(checkpoint, wanted, checks)
+                windows = unseen_windows(checkpoint, corpus, checks)
                 with display.step("Run the model in PyTorch") as progress:
                     reference = make_reference(
                         checkpoint, windows, log_probs, threads=threads, progress=progress
                     )
                 with display.step(f"Export and verify {spec.slug}") as progress:
                     facts = steps.export_and_certify(
-                        checkpoint, wanted, checks, corpus, reference, threads, partial, progress
+                        checkpoint,
+                        wanted,
+                        checks,
+                        CalibrationRecipe(),
+                        corpus,
+                        reference,
+                        threads,
+                        partial,
+                        progress,
                     )
                 log_probs.unlink()
                 kept = write_manifest(partial, "export", key, facts)

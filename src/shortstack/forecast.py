@@ -16,8 +16,8 @@ from shortstack.families import context_tokens
 from shortstack.intake import Preview, model_paths, preview_model
 from shortstack.manifest import check_apart, check_ours
 from shortstack.prune.plan import PrunePlan
-from shortstack.recipe import PruneRecipe, Recipe, VerifyRecipe
-from shortstack.steps import wanted_layers
+from shortstack.recipe import ExportRecipe, PruneRecipe, Recipe, VerifyRecipe
+from shortstack.steps import checks_for, wanted_layers
 
 RESERVE_BYTES = 64 * 2**20
 
@@ -52,25 +52,29 @@ def check_opened(recipe: Recipe, original: Checkpoint) -> None:
 
 
 def check_context(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """Refuse to run a model beyond the positions that it was made for."""
-    context = context_tokens(checkpoint.config)
-    wanted = {
-        "prune.window_tokens": recipe.prune.window_tokens,
-        "verify.window_tokens": recipe.verify.window_tokens,
-        "bench.prompt_tokens + decode_tokens": recipe.bench.prompt_tokens
-        + recipe.bench.decode_tokens,
-    }
-    for name, n_tokens in wanted.items():
-        if context is not None and n_tokens > context:
-            raise ShortstackError(
-                f"{name} is {n_tokens}, the model's context is {context} tokens. Ask for less."
-            )
+    """Refuse to run a model, or an artifact of it, beyond the positions that it is right for."""
+    context = context_tokens(checkpoint.config, windowed=True)
+    _check_length("prune.window_tokens", recipe.prune.window_tokens, "the model's", context)
+    bench = recipe.bench.prompt_tokens + recipe.bench.decode_tokens
+    for wanted in recipe.export:
+        context = exporter(wanted.spec.format).context_tokens(checkpoint, wanted.spec)
+        whose = f"{wanted.spec.slug}'s"
+        _check_length("verify.window_tokens", recipe.verify.window_tokens, whose, context)
+        _check_length("bench.prompt_tokens + decode_tokens", bench, whose, context)
 
 
-def fitting_checks(checkpoint: Checkpoint) -> VerifyRecipe:
-    """The default check, shortened for a model with a short context."""
+def _check_length(name: str, n_tokens: int, whose: str, context: int | None) -> None:
+    if context is not None and n_tokens > context:
+        raise ShortstackError(
+            f"{name} is {n_tokens}, {whose} context is {context} tokens. Ask for less."
+        )
+
+
+def fitting_checks(checkpoint: Checkpoint, wanted: ExportRecipe) -> VerifyRecipe:
+    """The default check, shortened for an artifact with a short context."""
     usual = VerifyRecipe()
-    context = context_tokens(checkpoint.config) or usual.window_tokens
+    context = exporter(wanted.spec.format).context_tokens(checkpoint, wanted.spec)
+    context = context or usual.window_tokens
     length = max(16, min(usual.window_tokens, context))
     return VerifyRecipe(
         windows=usual.windows, window_tokens=length, decode_tokens=min(64, length // 2)
@@ -117,10 +121,11 @@ def predict_steps(recipe: Recipe, preview: Preview) -> list[dict[str, Any]]:
         _row("pruned/checkpoint", cut["output_bytes"], cut["peak_ram_bytes"], cut["disk_bytes"])
     )
     for label, checkpoint in (("original", original), ("pruned", pruned)):
-        verify = recipe.verify
-        n_bytes = 4 * verify.windows * verify.window_tokens * checkpoint.dims["vocab"]
-        ram = 5 * checkpoint.n_params + n_bytes // verify.windows * 3
-        rows.append(_row(f"reference/{label} (removed after)", n_bytes, ram))
+        checks = {checks_for(checkpoint, wanted, recipe.verify) for wanted in recipe.export}
+        for verify in sorted(checks, key=lambda check: check.window_tokens):
+            n_bytes = 4 * verify.windows * verify.window_tokens * checkpoint.dims["vocab"]
+            ram = 5 * checkpoint.n_params + n_bytes // verify.windows * 3
+            rows.append(_row(f"reference/{label} (removed after)", n_bytes, ram))
         for wanted in recipe.export:
             expected = exporter(wanted.spec.format).predict(checkpoint, wanted.spec)
             rows.append(

@@ -69,6 +69,13 @@ class VerifyRecipe(_Strict):
         return self
 
 
+class CalibrationRecipe(_Strict):
+    """How much calibration text importance matrices and activation ranges are computed on."""
+
+    windows: int = Field(16, ge=1)
+    window_tokens: int = Field(512, ge=8)
+
+
 class BenchRecipe(_Strict):
     """The workload of one trial and how often it is repeated, original and pruned in turn."""
 
@@ -85,6 +92,7 @@ class Recipe(_Strict):
     text: str | TextRecipe
     prune: PruneRecipe
     export: tuple[ExportRecipe, ...] = Field(min_length=1)
+    calibration: CalibrationRecipe = CalibrationRecipe()
     verify: VerifyRecipe = VerifyRecipe()
     bench: BenchRecipe = BenchRecipe()
     seed: int = 0
@@ -170,6 +178,7 @@ def _model_at(loc: Sequence[int | str]) -> type[BaseModel]:
     models: dict[str, type[BaseModel]] = {
         "prune": PruneRecipe,
         "export": ExportRecipe,
+        "calibration": CalibrationRecipe,
         "verify": VerifyRecipe,
         "bench": BenchRecipe,
         "text": TextRecipe,

@@ -25,6 +25,7 @@ from shortstack.progress import OnProgress
 from shortstack.prune.plan import PrunePlan, Removal, parse_removal
 from shortstack.recipe import (
     BenchRecipe,
+    CalibrationRecipe,
     ExportRecipe,
     PruneRecipe,
     Recipe,
@@ -36,6 +37,7 @@ from shortstack.runtimes import runtimes_for
 from shortstack.text import Corpus, open_corpus
 from shortstack.tokens import Encoder
 from shortstack.verification import Bounds
+from shortstack.windows import calibration_windows, fit_checks, unseen_windows
 
 REFERENCES = "reference"
 """Where the float32 log-probabilities lie while artifacts are verified; removed after."""
@@ -82,7 +84,10 @@ def check_text(recipe: Recipe, original: Checkpoint, corpus: Corpus) -> None:
     encoder = Encoder(original)
     if prune.METHODS[recipe.prune.method].needs_text:
         encoder.windows(corpus.calibration, recipe.prune.window_tokens, recipe.prune.windows)
-    unseen_windows(original, corpus, recipe.verify)
+    for wanted in recipe.export:
+        unseen_windows(original, corpus, checks_for(original, wanted, recipe.verify))
+        if exporter(wanted.spec.format).calibrates(original, wanted.spec):
+            calibration_windows(original, corpus, recipe.calibration)
     encoder.windows(corpus.test, recipe.bench.prompt_tokens, 1)
 
 
@@ -160,7 +165,8 @@ def reference(
         return {"reference": {k: v for k, v in facts.items() if k not in ("path", "checkpoint")}}
 
     title = f"Run the {label} model in PyTorch"
-    where, manifest = folder.build(f"{REFERENCES}/{label}", title, inputs, make)
+    name = f"{REFERENCES}/{label}-{len(windows[0])}-tokens"
+    where, manifest = folder.build(name, title, inputs, make)
     return ReferenceFacts(
         path=where / "log_probs.npy", checkpoint=checkpoint.path, **manifest["reference"]
     )
@@ -182,14 +188,17 @@ def export(
         "text": corpus.sha256,
         "export": wanted.model_dump(),
         "verify": recipe.verify.model_dump(),
+        "calibration": recipe.calibration.model_dump(),
     }
+    checks = checks_for(checkpoint, wanted, recipe.verify)
 
     def make(partial: Path, progress: OnProgress) -> dict[str, Any]:
         assert truth is not None
         return export_and_certify(
             checkpoint,
             wanted,
-            recipe.verify,
+            checks,
+            recipe.calibration,
             corpus,
             truth,
             recipe.bench.threads or usable_cores(),
@@ -199,7 +208,7 @@ def export(
 
     truth = None
     if not folder.holds(name, inputs):
-        windows = unseen_windows(checkpoint, corpus, recipe.verify)
+        windows = unseen_windows(checkpoint, corpus, checks)
         truth = reference(folder, label, checkpoint, windows)
 
     title = f"Export and verify {label} {wanted.spec.slug}"
@@ -232,6 +241,7 @@ def export_and_certify(
     checkpoint: Checkpoint,
     wanted: ExportRecipe,
     checks: VerifyRecipe,
+    calibration: CalibrationRecipe,
     corpus: Corpus,
     truth: ReferenceFacts,
     threads: int,
@@ -240,8 +250,11 @@ def export_and_certify(
 ) -> dict[str, Any]:
     """Write an artifact into `partial` and prove it; returns its manifest's facts."""
     bounds = Bounds.of(wanted.spec, max_perplexity_ratio=wanted.max_perplexity_ratio)
-    make = exporter(wanted.spec.format).export
-    artifact = make(checkpoint, wanted.spec, partial, progress=progress)
+    make = exporter(wanted.spec.format)
+    windows: list[list[int]] = []
+    if make.calibrates(checkpoint, wanted.spec):
+        windows = calibration_windows(checkpoint, corpus, calibration)
+    artifact = make.export(checkpoint, wanted.spec, partial, calibration=windows, progress=progress)
     proof = certify(
         artifact,
         unseen_windows(checkpoint, corpus, checks),
@@ -259,9 +272,10 @@ def export_and_certify(
     }
 
 
-def unseen_windows(checkpoint: Checkpoint, corpus: Corpus, checks: VerifyRecipe) -> list[list[int]]:
-    """Windows of text that no choice was made on."""
-    return Encoder(checkpoint).windows(corpus.test, checks.window_tokens, checks.windows)
+def checks_for(checkpoint: Checkpoint, wanted: ExportRecipe, checks: VerifyRecipe) -> VerifyRecipe:
+    """The recipe's checks, long enough to see a sliding window that the artifact has."""
+    context = exporter(wanted.spec.format).context_tokens(checkpoint, wanted.spec)
+    return fit_checks(checks, checkpoint, context)
 
 
 def bench(

@@ -82,8 +82,22 @@ def token_windows(
 ) -> list[list[int]]:
     """Cut at most `count` windows of `length` tokens, one a document first, no window overlapping.
 
-    Raises ShortstackError if the documents do not hold a single window.
+    Where no document is that long, they are joined, a blank line between. Raises ShortstackError
+    if all together do not hold a single window.
     """
+    windows = _cut(documents, encode, length, count) or _cut(
+        ["\n\n".join(documents)], encode, length, count
+    )
+    if not windows:
+        raise ShortstackError(
+            f"the text holds no {length} tokens. Give more text or ask for shorter windows."
+        )
+    return windows[:count]
+
+
+def _cut(
+    documents: Sequence[str], encode: Callable[[str], list[int]], length: int, count: int
+) -> list[list[int]]:
     per_document: list[list[list[int]]] = []
     for document in documents:
         # 16 characters a token is far more than any tokenizer needs: bounds the work.
@@ -93,17 +107,12 @@ def token_windows(
             per_document.append(cuts)
         if len(per_document) >= count:
             break
-    windows = [
+    return [
         cuts[depth]
         for depth in range(max(map(len, per_document), default=0))
         for cuts in per_document
         if depth < len(cuts)
     ]
-    if not windows:
-        raise ShortstackError(
-            f"no document holds {length} tokens. Give longer text or ask for shorter windows."
-        )
-    return windows[:count]
 
 
 def _shuffled(name: str) -> str:
