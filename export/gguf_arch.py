@@ -22,6 +22,10 @@ ZERO_MLP = 32
 addition of the attention's output, too."""
 
 
+DECI_TRIED_WITH = "llama-cpp-python 0.3.36"
+"""Older ones have deci, too, but no one has tried files like these there."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A checkpoint as an architecture of llama.cpp: everything that depends on single layers."""
@@ -117,13 +121,29 @@ def target_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     """What a user of the file has to know of the architecture that it is written for."""
     target = Target.of(checkpoint)
     notes: tuple[str, ...] = () if target.has_windows else window_note(checkpoint.config)
-    if target.needs_pattern and target.has_windows:
+    if _reads_pattern(target):
         notes += (
             f"needs {PATTERN_READ_SINCE} or newer: which layers have a window is spelled out",
+        )
+    if target.arch.name == "deci":
+        notes += (
+            f"sub-blocks are left out through llama.cpp's arch deci, tried with {DECI_TRIED_WITH}",
         )
     if target.no_mlp:
         notes += (f"a removed MLP is written as zeros of width {ZERO_MLP}, as deci needs one",)
     return notes
+
+
+def least_runtime(checkpoint: Checkpoint) -> str | None:
+    """The oldest llama-cpp-python that is known to read the file right; None if any recent one."""
+    target = Target.of(checkpoint)
+    if _reads_pattern(target):
+        return PATTERN_READ_SINCE
+    return DECI_TRIED_WITH if target.arch.name == "deci" else None
+
+
+def _reads_pattern(target: Target) -> bool:
+    return target.needs_pattern and target.has_windows
 
 
 def _query_scale(arch: GgufArch, checkpoint: Checkpoint) -> float:

@@ -15,7 +15,7 @@ from shortstack.artifact import Artifact, ExportSpec
 from shortstack.checkpoint import Checkpoint, hash_files
 from shortstack.disk import require_space
 from shortstack.errors import VerificationError, require, unknown
-from shortstack.export.gguf_arch import Target, target_notes
+from shortstack.export.gguf_arch import Target, least_runtime, target_notes
 from shortstack.export.gguf_meta import check_config
 from shortstack.export.gguf_mix import Choice, is_matrix
 from shortstack.export.gguf_options import (
@@ -31,6 +31,7 @@ from shortstack.export.gguf_vocab import read_vocabulary
 from shortstack.export.gguf_write import entries, gguf_package, write_floats
 from shortstack.export.importance import observe
 from shortstack.export.importance_file import FILE as IMPORTANCE
+from shortstack.export.removed import check_removed
 from shortstack.progress import OnProgress, silent
 
 
@@ -98,6 +99,7 @@ def export(
     computed on.
     """
     check(checkpoint, spec)
+    check_removed(checkpoint)
     require_space(out, predict(checkpoint, spec)["disk_bytes"])
     shapes = tensor_shapes(checkpoint)
     chosen = types_of(checkpoint, spec, shapes)
@@ -127,6 +129,7 @@ def export(
         weight_bytes_per_token=_bytes_per_token(table),
         sha256=hash_files(out, [target.name]),
         source_sha256=checkpoint.sha256,
+        least_runtime=least_runtime(checkpoint),
         notes=(*notes, *_fallback_notes(chosen, table), _types_note(table)),
     )
 

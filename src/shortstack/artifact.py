@@ -53,6 +53,8 @@ class Artifact:
     sha256: str
     source_sha256: str
     notes: tuple[str, ...] = ()
+    least_runtime: str | None = None
+    """The oldest runtime known to read the artifact right, where not any recent one does."""
 
     @property
     def format(self) -> str:
