@@ -12,11 +12,12 @@ NO_AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
 AMX_FLAGS := $(shell echo 'int main(){}' | $(CXX) $(NO_AMX) -x c++ -c -o /dev/null - 2>/dev/null && echo '$(NO_AMX)')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types fmt check wheel clean
+.PHONY: help demo test support lint types fmt check wheel clean
 
 help:
 	@echo "make demo   prune, export, verify and measure a real model; report in $(OUT)/report.html"
 	@echo "make test   run every test      make check  lint, types and tests"
+	@echo "make support   write docs/support.md: which cuts of which models run where"
 	@echo "make fmt    format the code     make wheel  build the wheel     make clean"
 
 demo: $(VENV)/.demo
@@ -24,6 +25,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+support: $(VENV)/.dev
+	$(BIN)/python -m tests.support
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

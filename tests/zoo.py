@@ -165,14 +165,21 @@ def _multimodal() -> PreTrainedModel:
 def _randomize(
     name: str, parameter: torch.Tensor, unit_offset: bool, post_norms: tuple[str, ...]
 ) -> None:
-    """Weights that keep the signal's size, norms and biases that matter."""
+    """Weights that keep the signal's size, norms and biases that matter.
+
+    A sub-block's result is small beside the residual stream, and scores are small, as in a trained
+    model: else rounding in a float16 cache is amplified from layer to layer.
+    """
+    gentle = any(part in name for part in ("q_proj", "k_proj", "qkv_proj"))
     if "norm" in name and name.endswith("weight"):
         after = not unit_offset and any(kind in name for kind in post_norms)
-        parameter.normal_(0.0 if unit_offset else 0.3 if after else 1.0, 0.1 if after else 0.3)
+        of_heads = not unit_offset and ("q_norm" in name or "k_norm" in name)
+        mean = 0.0 if unit_offset else 0.15 if after else 0.7 if of_heads else 1.0
+        parameter.normal_(mean, 0.1 if after else 0.3)
     elif parameter.ndim < 2:
         parameter.normal_(0.0, 0.1)
     elif "embed" in name or "lm_head" in name:
         parameter.normal_(0.0, 0.3)
-    else:  # outputs as small as in a trained model: else rounding in a float16 cache is amplified
-        gain = 0.3 if "o_proj" in name or "down_proj" in name else 1.0
+    else:
+        gain = 0.3 if "o_proj" in name or "down_proj" in name else 0.7 if gentle else 1.0
         parameter.normal_(0.0, gain * parameter.shape[-1] ** -0.5)
