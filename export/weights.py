@@ -23,13 +23,16 @@ class Weights:
         self._checkpoint = checkpoint
         self._headers: dict[str, tuple[int, Mapping[str, Any]]] = {}
 
-    def stored(self, name: str) -> Array:
-        """The tensor as it lies in the file; BF16 as uint16 bits."""
+    def stored(self, name: str, *, writable: bool = False) -> Array:
+        """The tensor as it lies in the file; BF16 as uint16 bits.
+
+        `writable`: as torch wants it of arrays that it shares; what is written stays in memory.
+        """
         info = self._checkpoint.tensors[name]
         start, entries = self._header(info.file)
         begin = start + entries[name]["data_offsets"][0]
         path = self._checkpoint.path / info.file
-        return np.memmap(path, STORED[info.dtype], "r", begin, info.shape)
+        return np.memmap(path, STORED[info.dtype], "c" if writable else "r", begin, info.shape)
 
     def float32(self, name: str) -> NDArray[np.float32]:
         """The tensor in single precision: exact for F32, F16 and BF16."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.agreement import in_process
+
+from shortstack import child
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is wrong
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -17,3 +21,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 def tiny() -> Path:
     """A trained Llama: 6 layers, hidden 64, vocabulary 512, tied head, BF16 (make_tiny.py)."""
     return Path(__file__).parent / "data" / "tiny"
+
+
+@pytest.fixture
+def no_children(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let exports do in this process what they do in a child."""
+    monkeypatch.setattr(child, "call", in_process)
+    monkeypatch.setattr(child, "report_progress", lambda done, total: None)
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

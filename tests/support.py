@@ -22,7 +22,7 @@ from shortstack.prune.plan import parse_removal
 PAGE = Path(__file__).parents[1] / "docs" / "support.md"
 YES = "yes"
 IN_WINDOW = "in window"
-TARGETS = {"GGUF in llama.cpp": "gguf:F32"}
+TARGETS = {"GGUF in llama.cpp": "gguf:F32", "ONNX in ONNX Runtime": "onnx:fp32"}
 
 CUTS: dict[str, Callable[[int, int], str]] = {
     "first": lambda depth, period: "0",
@@ -72,8 +72,8 @@ def foretold(pruned: Checkpoint, target: str) -> str:
     except ShortstackError as refusal:
         return str(refusal)
     context = exporter(spec.format).context_tokens(pruned, spec)
-    longest = context_tokens(pruned.config, windowed=True)
-    return YES if context == longest else IN_WINDOW
+    in_window, longest = (context_tokens(pruned.config, windowed=flag) for flag in (False, True))
+    return IN_WINDOW if context == in_window != longest else YES
 
 
 def cells(folder: Path) -> Iterator[Cell]:

@@ -270,6 +270,8 @@ def test_no_recipe_can_loosen_the_bounds_of_exact_precisions() -> None:
     for target in ("gguf:F32", "gguf:F16", "onnx:fp32"):
         bounds = Bounds.of(ExportSpec.parse(target), max_perplexity_ratio=1e9, max_kl=1e9)
         assert bounds == Bounds(max_kl=1e-4, min_top1=0.99)
+    by_name = ExportSpec.parse("onnx:fp16", builder="genai")
+    assert Bounds.of(by_name, max_perplexity_ratio=1e9).max_kl == 1e-4
     with_exact_head = ExportSpec.parse("gguf:F16", head="F32")
     assert Bounds.of(with_exact_head, max_perplexity_ratio=1e9).max_kl == 1e-4
     with_rounded_head = ExportSpec.parse("gguf:F16", head="Q4_0")

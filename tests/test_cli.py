@@ -206,7 +206,7 @@ def test_a_folder_that_is_not_ours_is_not_touched(
     ("missing", "args", "extra"),
     [
         ("gguf", ["export", "MODEL", "--to", "gguf:F16"], "gguf"),
-        ("onnxruntime_genai", ["export", "MODEL", "--to", "onnx:fp32"], "onnx"),
+        ("onnx_ir", ["export", "MODEL", "--to", "onnx:fp32"], "onnx"),
         ("safetensors", ["prune", "MODEL", "--drop", "2"], "prune"),
         ("torch", ["plan", "MODEL", "--method", "influence", "--drop", "2"], "prune"),
         ("transformers", ["plan", "MODEL", "--method", "influence", "--drop", "2"], "prune"),

@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
-import warnings
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from tests.agreement import TOKENS, distance, run
 from tests.support import CUTS, IN_WINDOW, PAGE, TARGETS, YES, Cell, foretold, make_cell, page
 from tests.zoo import NAMES, WINDOW, make_model
 from transformers import AutoModelForCausalLM
 
-from shortstack import child
 from shortstack.artifact import ExportSpec
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.export import exporter
-from shortstack.runtimes import open_session, runtimes_for
+from shortstack.runtimes import runtimes_for
 
-TOKENS = [(37 * index + 11) % 512 for index in range(64)]
-PROMPT = 48
-"""Three times the zoo's window; the others are decoded one by one through the cache."""
 TOLERANCE = {"gguf": 2e-3, "onnx": 1e-4}
 """Of the largest logit. llama.cpp rounds keys and values to float16 in its cache."""
-
-
-def in_process(function: str, request: Mapping[str, Any], **_: Any) -> dict[str, Any]:
-    """`child.call` without the process: it would import torch anew for each of the cells."""
-    module, name = function.split(":")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        answer: dict[str, Any] = getattr(importlib.import_module(module), name)(
-            json.loads(json.dumps(request))
-        )
-    return answer
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -62,25 +43,6 @@ def cell(
     return make_cell(original.path.name, request.param, original, folder)
 
 
-@pytest.fixture(autouse=True)
-def no_children(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(child, "call", in_process)
-    monkeypatch.setattr(child, "report_progress", lambda done, total: None)
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-def run(path: Path, runtime: str, n_tokens: int) -> NDArray[np.float32]:
-    """Logits at every position: a prompt at once, the last quarter token by token."""
-    prompt = n_tokens * 3 // 4
-    with open_session(path, runtime, threads=1, context_tokens=n_tokens) as session:
-        rows = [*session.prefill(TOKENS[:prompt], all_logits=True)]
-        rows += [session.decode(token) for token in TOKENS[prompt:n_tokens]]
-    return np.array(rows)
-
-
 def skipped_in_memory(cell: Cell) -> NDArray[np.float32]:
     """The original, with what the plan drops passed over: no surgery, no renumbering, no config."""
     model = AutoModelForCausalLM.from_pretrained(cell.original.path, dtype=torch.float32).eval()
@@ -100,9 +62,7 @@ def skipped_in_memory(cell: Cell) -> NDArray[np.float32]:
     return logits
 
 
-def distance(found: NDArray[np.float32], truth: NDArray[np.float32]) -> float:
-    """Largest difference of a logit, in units of the largest logit."""
-    return float(np.abs(found - truth).max() / np.abs(truth).max())
+pytestmark = pytest.mark.usefixtures("no_children")
 
 
 def test_transformers_opens_the_pruned_folder_and_skips_what_was_dropped(cell: Cell) -> None:

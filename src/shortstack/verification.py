@@ -12,6 +12,9 @@ from shortstack.errors import ShortstackError
 EXACT = frozenset({"F32", "F16", "fp32", "fp16"})
 """Precisions that must reproduce the checkpoint: no recipe can loosen their bounds."""
 
+NOT_TYPES = ("builder",)
+"""Options that do not say how weights are stored."""
+
 EXACT_KL = 1e-4
 EXACT_TOP1 = 0.99
 
@@ -39,7 +42,8 @@ class Bounds:
         max_kl: float | None = None,
     ) -> Bounds:
         """Bounds of a spec: hard ones for exact precisions, the recipe's for quantized ones."""
-        if {spec.precision, *dict(spec.options).values()} <= EXACT:
+        types = {value for name, value in spec.options if name not in NOT_TYPES}
+        if {spec.precision, *types} <= EXACT:
             return cls(max_kl=EXACT_KL, min_top1=EXACT_TOP1)
         return cls(max_kl=max_kl, max_perplexity_ratio=max_perplexity_ratio)
 
