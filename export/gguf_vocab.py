@@ -10,6 +10,7 @@ from typing import Any
 
 from shortstack.errors import ShortstackError
 from shortstack.pretokenizers import (
+    GPT4O_SPLIT,
     LLAMA3_SPLIT,
     PRE_TOKENIZERS,
     QWEN2_SPLIT,
@@ -21,17 +22,27 @@ SPACE = "▁"
 """How SentencePiece writes a space (U+2581)."""
 
 
-RULE_NAMES: dict[tuple[str, ...], str] = {
-    ("bytes+regex",): "gpt-2",
-    ("digits", "bytes+regex"): "smollm",
-    (f"split {LLAMA3_SPLIT}", "bytes"): "llama-bpe",
-    (f"split {QWEN2_SPLIT}", "bytes"): "qwen2",
-    (f"split {TEKKEN_SPLIT}", "bytes"): "tekken",
+RULE_NAMES: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("bytes+regex",): ("gpt-2",),
+    ("digits", "bytes+regex"): ("smollm",),
+    (f"split {LLAMA3_SPLIT}", "bytes"): ("llama-bpe", "dbrx"),
+    (f"split {QWEN2_SPLIT}", "bytes"): ("qwen2",),
+    (f"split {GPT4O_SPLIT}", "bytes"): ("gpt-4o",),
+    (f"split {TEKKEN_SPLIT}", "bytes"): ("tekken",),
 }
-"""How text is cut before the merges, as tokenizer.json says it -> llama.cpp's name for the same."""
+"""How text is cut before the merges, as tokenizer.json says it -> llama.cpp's names for the same,
+which differ in WHOLE_WORDS_FIRST. OLMo 2 has the rule of dbrx, Granite 3 that of smollm, Phi-4-mini
+that of gpt-4o."""
 
 WHOLE_WORDS_FIRST = {n for n, rule in PRE_TOKENIZERS.items() if rule.whole_words_first}
 """Where llama.cpp looks a whole word up before it merges: tokenizer.json calls it ignore_merges."""
+
+RULE_NOTES = {
+    "gpt-4o": (
+        "llama.cpp's gpt-4o rule knows capitals of A to Z only: text of scripts with others "
+        "may be cut differently"
+    ),
+}
 
 METASPACE_NOTE = (
     "llama.cpp puts a space before every text, tokenizer.json only before one that begins without: "
@@ -87,9 +98,10 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     if sentencepiece:
         types = _sentencepiece_types(tokens, types, special.get("unknown"))
     add_bos, add_eos = _adds(data, config, special)
+    pre = "default" if sentencepiece else _pre_tokenizer(file, data)
     return Vocabulary(
         model="llama" if sentencepiece else "gpt2",
-        pre="default" if sentencepiece else _pre_tokenizer(file, data),
+        pre=pre,
         tokens=tuple(tokens),
         types=tuple(types),
         merges=() if sentencepiece else tuple(merges),
@@ -99,7 +111,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         add_eos=add_eos,
         add_space_prefix=sentencepiece and _space_prefix(file, data),
         chat_template=_chat_template(folder, config),
-        note=METASPACE_NOTE if sentencepiece and _has_metaspace(data) else None,
+        note=METASPACE_NOTE if sentencepiece and _has_metaspace(data) else RULE_NOTES.get(pre),
     )
 
 
@@ -196,17 +208,20 @@ def _steps(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]
 
 def _pre_tokenizer(file: Path, data: Mapping[str, Any]) -> str:
     steps = tuple(_signature(step) for step in _steps(data["pre_tokenizer"], "pretokenizers"))
-    pre = RULE_NAMES.get(steps)
-    if pre is None:
+    names = RULE_NAMES.get(steps)
+    if names is None:
+        known = (name for pair in RULE_NAMES.values() for name in pair)
         raise ShortstackError(
             f"{file}: the pre-tokenizer {' then '.join(steps) or 'none'} is none that llama.cpp "
-            f"is known to have. Known: {', '.join(RULE_NAMES.values())}. "
+            f"is known to have. Known: {', '.join(known)}. "
             "Export to onnx instead."
         )
-    if bool(data["model"].get("ignore_merges")) != (pre in WHOLE_WORDS_FIRST):
+    whole = bool(data["model"].get("ignore_merges"))
+    pre = next((name for name in names if (name in WHOLE_WORDS_FIRST) == whole), None)
+    if pre is None:
         raise ShortstackError(
-            f"{file}: ignore_merges is {bool(data['model'].get('ignore_merges'))}, but llama.cpp's "
-            f"{pre!r} pre-tokenizer does the opposite. Export to onnx instead."
+            f"{file}: ignore_merges is {whole}, but llama.cpp's {names[0]!r} pre-tokenizer does "
+            "the opposite. Export to onnx instead."
         )
     return pre
 
@@ -232,11 +247,24 @@ def _space_prefix(file: Path, data: Mapping[str, Any]) -> bool:
     for step in _steps(data.get("pre_tokenizer"), "pretokenizers"):
         if step["type"] == "Metaspace":
             return bool(step.get("prepend_scheme", "always") != "never")
+        if _cuts_at_spaces(step) and _replaces_spaces(data):  # Gemma's: there are none left
+            continue
         raise ShortstackError(
             f"{file}: the pre-tokenizer {step['type']} before byte-fallback BPE is none that "
             "llama.cpp has. Export to onnx instead."
         )
     return False
+
+
+def _cuts_at_spaces(step: Mapping[str, Any]) -> bool:
+    return step["type"] == "Split" and step.get("pattern") == {"String": " "}
+
+
+def _replaces_spaces(data: Mapping[str, Any]) -> bool:
+    return any(
+        step["type"] == "Replace" and (step["pattern"], step["content"]) == ({"String": " "}, SPACE)
+        for step in _steps(data.get("normalizer"), "normalizers")
+    )
 
 
 def _has_metaspace(data: Mapping[str, Any]) -> bool:

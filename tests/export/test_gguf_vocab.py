@@ -137,30 +137,67 @@ def edit_tokenizer(tiny: Path, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def llama3_steps() -> dict[str, Any]:
-    pattern = next(steps for steps, name in RULE_NAMES.items() if name == "llama-bpe")[0]
-    regex = pattern.removeprefix("split ")
-    sequence = pre_tokenizers.Sequence(
+def split_steps(name: str) -> dict[str, Any]:
+    """A regular expression and bytes: what tokenizer.json says of most of today's models."""
+    pattern = next(steps for steps, names in RULE_NAMES.items() if name in names)[0]
+    holder = Tokenizer(models.BPE())
+    holder.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Pattern(regex), "isolated"),
+            pre_tokenizers.Split(Pattern(pattern.removeprefix("split ")), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    holder = Tokenizer(models.BPE())
-    holder.pre_tokenizer = sequence
     steps: dict[str, Any] = json.loads(holder.to_str())["pre_tokenizer"]
     return steps
 
 
-def test_llama3_is_known_by_its_regex(tiny: Path, tmp_path: Path) -> None:
-    folder = edit_tokenizer(tiny, tmp_path, pre_tokenizer=llama3_steps(), ignore_merges=True)
-    assert read_vocabulary(folder, 512).pre == "llama-bpe"
+WORDS = [
+    "It's 12345 DON'T stop",
+    "HelloWorld fooBAR  x",
+    "a\n\n  b\t ///\r\n",
+    "é 你好 naïve 3.14%",
+]
 
 
-def test_llama3_regex_without_ignore_merges_is_refused(tiny: Path, tmp_path: Path) -> None:
-    folder = edit_tokenizer(tiny, tmp_path, pre_tokenizer=llama3_steps())
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [("llama-bpe", True), ("dbrx", False), ("qwen2", False), ("gpt-4o", False), ("tekken", True)],
+)
+def test_llama_cpp_cuts_by_the_rule_of_the_name(
+    name: str, whole: bool, make_variant: Any, tmp_path: Path
+) -> None:
+    base = make_variant()
+    edit_tokenizer(base.path, base.path, pre_tokenizer=split_steps(name), ignore_merges=whole)
+    assert read_vocabulary(base.path, 512).pre == name
+    artifact = to_gguf.export(base, ExportSpec.parse("gguf:F16"), tmp_path)
+    tokenizer = Tokenizer.from_file(str(base.path / "tokenizer.json"))
+    with open_session(artifact.path, "llama.cpp", threads=1, context_tokens=32) as session:
+        for text in WORDS:
+            expected = tokenizer.encode(text, add_special_tokens=False).ids
+            assert session.tokenize(text) == expected, text
+    assert any("gpt-4o rule" in note for note in artifact.notes) == (name == "gpt-4o")
+
+
+def test_a_rule_with_the_wrong_ignore_merges_is_refused(tiny: Path, tmp_path: Path) -> None:
+    folder = edit_tokenizer(tiny, tmp_path, pre_tokenizer=split_steps("tekken"))
     with pytest.raises(ShortstackError, match="ignore_merges is False"):
         read_vocabulary(folder, 512)
+
+
+def test_a_split_at_spaces_that_are_gone_is_let_through(tmp_path: Path) -> None:
+    """Gemma: the normalizer has replaced them; where it has not, llama.cpp would not split."""
+    sentencepiece_like(tmp_path, metaspace=False)
+    data = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}
+    data["pre_tokenizer"] = {**split, "invert": False}
+    data["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    vocabulary = read_vocabulary(tmp_path, 512)
+    assert not vocabulary.add_space_prefix
+    data["normalizer"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(ShortstackError, match="pre-tokenizer Split before byte-fallback"):
+        read_vocabulary(tmp_path, 512)
 
 
 @pytest.mark.parametrize(
