@@ -59,8 +59,10 @@ def race(
     return seconds
 
 
-def windows(checkpoint: Checkpoint, text: str, length: int, count: int) -> list[list[int]]:
-    """Token windows of the test part of a text."""
+def windows(
+    checkpoint: Checkpoint, text: str, length: int, count: int, part: str = "test"
+) -> list[list[int]]:
+    """Token windows of a part of a text: calibration, selection or test."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
@@ -68,4 +70,5 @@ def windows(checkpoint: Checkpoint, text: str, length: int, count: int) -> list[
     def encode(words: str) -> list[int]:
         return list(tokenizer.encode(words, add_special_tokens=False).ids)
 
-    return [list(w) for w in token_windows(open_corpus(text).test, encode, length, count)]
+    documents = getattr(open_corpus(text), part)
+    return [list(window) for window in token_windows(documents, encode, length, count)]
