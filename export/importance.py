@@ -144,15 +144,17 @@ def _run(checkpoint: Checkpoint, tokens: Tensor, gauge: Gauge) -> None:
 
 def _skeleton(checkpoint: Checkpoint) -> Any:
     """The decoder in transformers, its parameters without memory, its buffers as they should be."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    from shortstack.pretrained import attention_of, config_of
 
     try:
-        config = AutoConfig.from_pretrained(
-            checkpoint.path, local_files_only=True, trust_remote_code=False
-        ).get_text_config()
+        config = config_of(checkpoint.path).get_text_config()
         config.dtype = None
         with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, **attention_of(config)
+            )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ShortstackError(
             f"transformers cannot open {checkpoint.path}: {one_line(str(error), 300)} "

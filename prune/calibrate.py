@@ -120,17 +120,22 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
+
+        from shortstack.pretrained import attention_of, config_of
     except ImportError:
         raise MissingExtraError("transformers", "prune", "scoring layers") from None
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
+        config = config_of(checkpoint.path)
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint.path,
+            config=config,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
             dtype=dtype,
+            **attention_of(config),
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ShortstackError(

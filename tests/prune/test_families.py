@@ -40,8 +40,9 @@ def layers(model: PreTrainedModel) -> torch.nn.ModuleList:
 def skip(model: PreTrainedModel, layer: int) -> None:
     """Make a layer of the whole model pass its input on: no renumbering, no config."""
 
-    def pass_on(module: torch.nn.Module, given: tuple[torch.Tensor, ...], _: object) -> object:
-        return given[0]
+    def pass_on(module: torch.nn.Module, given: tuple[torch.Tensor, ...], made: object) -> object:
+        # some layers return a tuple before transformers 5
+        return (given[0], *made[1:]) if isinstance(made, tuple) else given[0]
 
     layers(model)[layer].register_forward_hook(pass_on)
 
