@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 OLDER = "4."
 
+IN_TUPLES = frozenset({"gemma2", "gemma3_text", "granite"})
+"""Model types of 4.57 whose layers return a tuple that begins with the hidden states. The layers'
+annotations say it of others, too, of which it is not true."""
+
 
 def config_of(path: Path) -> Any:
     """config.json of a checkpoint as the installed transformers has to be told it."""
@@ -40,6 +44,14 @@ def attention_of(config: Any) -> dict[str, Any]:
     """The argument that makes transformers cap attention scores where the config wants it."""
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     return {"attn_implementation": "eager"} if capped else {}
+
+
+def layers_return_tuples(config: Any) -> bool:
+    """Whether the decoder takes the first item of what a layer returns, not all of it."""
+    import transformers
+
+    older = transformers.__version__.startswith(OLDER)
+    return older and config.get_text_config().model_type in IN_TUPLES
 
 
 def load(path: Path, dtype: torch.dtype, *, text_only: bool = False) -> Any:
