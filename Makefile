@@ -4,7 +4,18 @@ PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= demo-out
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := -m pip install --quiet --disable-pip-version-check
+PIP    := $(BIN)/python $(INSTALL) -c constraints.txt
+
+# optimum-onnx wants transformers 4.57, the other ONNX builders want 5: a second environment. What
+# it tests: that builder, and what of the core goes through transformers. The rest needs llama.cpp
+# or another builder, or does not touch transformers at all.
+OPTIMUM     ?= .venv-optimum
+OPTIMUM_PIP := $(OPTIMUM)/bin/python $(INSTALL) -c constraints-optimum.txt
+OPTIMUM_TESTS := tests/export/test_onnx_optimum.py tests/test_spellings.py \
+	tests/prune/test_families.py tests/prune/test_apply.py tests/prune/test_sub_blocks.py \
+	tests/prune/test_per_layer.py tests/prune/test_methods.py tests/prune/test_scoring.py \
+	tests/test_boundaries.py
 
 # llama.cpp compiled with AMX crashes on CPUs that have it for any batch above one token (gcc 12):
 # leave AMX out, keep AVX-512. Compilers that do not know the flags (Arm) get none.
@@ -12,19 +23,24 @@ NO_AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
 AMX_FLAGS := $(shell echo 'int main(){}' | $(CXX) $(NO_AMX) -x c++ -c -o /dev/null - 2>/dev/null && echo '$(NO_AMX)')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test support lint types fmt check wheel clean
+.PHONY: help demo test test-optimum support lint types fmt check wheel clean
 
 help:
 	@echo "make demo   prune, export, verify and measure a real model; report in $(OUT)/report.html"
 	@echo "make test   run every test      make check  lint, types and tests"
+	@echo "make test-optimum   the part of it that runs in $(OPTIMUM), with transformers 4.57"
 	@echo "make support   write docs/support.md: which cuts of which models run where"
 	@echo "make fmt    format the code     make wheel  build the wheel     make clean"
 
 demo: $(VENV)/.demo
 	$(BIN)/shortstack run demo -o $(OUT)
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(OPTIMUM)/.dev
 	$(BIN)/python -m pytest
+	$(OPTIMUM)/bin/python -m pytest $(OPTIMUM_TESTS)
+
+test-optimum: $(OPTIMUM)/.dev
+	$(OPTIMUM)/bin/python -m pytest $(OPTIMUM_TESTS)
 
 support: $(VENV)/.dev
 	$(BIN)/python -m tests.support
@@ -46,7 +62,7 @@ wheel: $(VENV)/.dev
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
 clean:
-	rm -rf $(VENV) build dist demo-out src/*.egg-info
+	rm -rf $(VENV) $(OPTIMUM) build dist demo-out src/*.egg-info
 
 $(VENV)/.base: constraints.txt
 	@test -L src/shortstack/prune || { echo "src/shortstack/prune is not a link: clone again with git clone -c core.symlinks=true"; exit 2; }
@@ -65,3 +81,10 @@ $(VENV)/.demo: $(VENV)/.base pyproject.toml
 $(VENV)/.dev: $(VENV)/.base pyproject.toml
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
+
+$(OPTIMUM)/.dev: constraints-optimum.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(OPTIMUM)
+	$(OPTIMUM_PIP) torch numpy
+	$(OPTIMUM_PIP) -e '.[optimum]' pytest spdx
+	@touch $@

@@ -22,6 +22,7 @@ from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError, one_line, require
 from shortstack.export.importance_file import write_importance
 from shortstack.export.weights import Weights
+from shortstack.pretrained import attention_of, config_of, layers_return_tuples
 from shortstack.progress import OnProgress, silent
 
 if TYPE_CHECKING:
@@ -144,21 +145,21 @@ def _run(checkpoint: Checkpoint, tokens: Tensor, gauge: Gauge) -> None:
 
 def _skeleton(checkpoint: Checkpoint) -> Any:
     """The decoder in transformers, its parameters without memory, its buffers as they should be."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(
-            checkpoint.path, local_files_only=True, trust_remote_code=False
-        ).get_text_config()
+        config = config_of(checkpoint.path).get_text_config()
         config.dtype = None
         with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, **attention_of(config)
+            )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ShortstackError(
             f"transformers cannot open {checkpoint.path}: {one_line(str(error), 300)} "
             "Mend config.json or download the folder again."
         ) from None
-    return model.eval().base_model
+    return model.eval().get_decoder()
 
 
 @contextlib.contextmanager
@@ -196,10 +197,12 @@ def _first_layer(
     first: list[Tensor] = []
     arguments: list[dict[str, Any]] = []
 
-    def note(hidden: Tensor, **named: Any) -> Tensor:
+    in_tuple = layers_return_tuples(decoder.config)
+
+    def note(hidden: Tensor, **named: Any) -> Any:
         first.append(hidden)
         arguments.append(named)
-        return hidden
+        return (hidden,) if in_tuple else hidden
 
     for layer in decoder.layers:
         layer.forward = note  # shadows the method of the class for this one layer

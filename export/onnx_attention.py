@@ -20,6 +20,7 @@ from shortstack.errors import VerificationError
 from shortstack.export.onnx_graph import CACHE
 from shortstack.families import layer_windows, rotates
 from shortstack.families.fields import FULL, SLIDING, rope_parameters, spell_out
+from shortstack.pretrained import config_of
 
 GROUP_QUERY = "GroupQueryAttention"
 COS, SIN = 7, 8
@@ -92,9 +93,9 @@ def rotation_tables(checkpoint: Checkpoint, kind: str, context: int) -> Tables:
     Its own class knows every scaling (llama3, YaRN, longrope …) and its factor on the result.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(checkpoint.path).get_text_config()
+    config = config_of(checkpoint.path).get_text_config()
     with torch.device("meta"):
         decoder = AutoModelForCausalLM.from_config(config).get_decoder()
     rotary: Any = type(decoder.rotary_emb)(config)

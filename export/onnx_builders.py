@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 BUILDERS: dict[str, str] = {
     "mobius": "shortstack.export.onnx_mobius",
     "genai": "shortstack.export.onnx_genai",
+    "optimum": "shortstack.export.onnx_optimum",
 }
 """Name -> module, in the order in which `auto` tries them. mobius is first: it supports every
 family, leaves the weights in their files (genai's holds the float32 model three times over), and

@@ -11,6 +11,7 @@ from shortstack.checkpoint import Checkpoint
 from shortstack.disk import FULL, disk_full
 from shortstack.errors import MissingExtraError, ShortstackError, one_line
 from shortstack.export.onnx_builders import ungroupable
+from shortstack.families import rope_parameters
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -22,9 +23,9 @@ FAILS = {
     "smollm3": "KeyError 'position_ids'",
     "gemma3": "KeyError 'rope_type'",
     "gemma3_text": "KeyError 'rope_type'",
-    "phi3": "KeyError 'multi_cache'",
     "olmo2": "NotImplementedError",
     "olmo3": "NotImplementedError",
+    "phi3": "KeyError 'multi_cache', or 'type' where the rotation has 'rope_type'",
 }
 """Model types on which it raises, as measured with version 0.18.0."""
 
@@ -32,7 +33,8 @@ FAILS = {
 def unsupported(checkpoint: Checkpoint) -> str | None:
     """Why this builder cannot be used: it fails by itself."""
     kind = str(checkpoint.config["model_type"])
-    if kind in FAILS:
+    reads_rotation = kind == "phi3" and "type" in rope_parameters(checkpoint.text)
+    if kind in FAILS and not reads_rotation:
         return f"onnxruntime-genai's builder fails on {kind} models ({FAILS[kind]})"
     return ungroupable(checkpoint)
 

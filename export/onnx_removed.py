@@ -18,8 +18,9 @@ OUTPUTS: dict[Part, re.Pattern[str]] = {
 }
 """How builders name the product whose result a sub-block adds to the residual stream."""
 
-STAYS_ZERO = {"Mul", "Div", "Reshape", "Cast", "RMSNormalization", "SimplifiedLayerNormalization"}
-"""Operators whose result is zero where their first input is (a norm of zeros is 0 / epsilon)."""
+STAYS_ZERO = {"Div", "Reshape", "Cast", "RMSNormalization", "SimplifiedLayerNormalization"}
+"""Operators whose result is zero where their first input is (a norm of zeros is 0 / epsilon); a
+product is zero where either is."""
 
 SKIP_NORM = "SkipSimplifiedLayerNormalization"
 ANOTHER = "Try another builder: --option builder=mobius"
@@ -53,23 +54,21 @@ def _writes(node: ir.Node, part: Part, layers: tuple[int, ...]) -> bool:
 
 
 def _follow(graph: ir.Graph, node: ir.Node, zero: set[ir.Value]) -> None:
-    """Replace a sum with zeros by its other term; let zeros through what keeps them zero."""
+    """Replace a sum with zeros by its other term; let zeros through what keeps them zero.
+
+    Anything else is left to compute what it will: if it is needed, `_check` finds it.
+    """
     first, second = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
     other = second if first in zero else first
-    if node.op_type == "Add" and other is not None and other not in zero:
-        if other.const_value is not None:  # a bias: check_removed has seen that it is zero
-            zero.add(node.outputs[0])
-        else:
+    if node.op_type == "Mul" or (node.op_type in STAYS_ZERO and first in zero):
+        zero.add(node.outputs[0])
+    elif node.op_type == "Add" and other is not None:
+        if other in zero or (other.const_value is not None and not other.const_value.numpy().any()):
+            zero.add(node.outputs[0])  # a bias that is zero, as check_removed has seen
+        elif other.const_value is None:
             node.outputs[0].replace_all_uses_with(other, replace_graph_outputs=True)
     elif node.op_type == SKIP_NORM and other is not None and other not in zero:
         _unskip(graph, node, other)
-    elif node.op_type == "Mul" or (node.op_type in STAYS_ZERO and first in zero):
-        zero.add(node.outputs[0])
-    else:
-        raise VerificationError(
-            f"the builder's {node.op_type} {node.name} reads the result of a removed sub-block, "
-            f"which cannot be left out. {ANOTHER}"
-        )
 
 
 def _unskip(graph: ir.Graph, node: ir.Node, other: ir.Value) -> None:
@@ -90,21 +89,33 @@ def _unskip(graph: ir.Graph, node: ir.Node, other: ir.Value) -> None:
 
 def _drop_caches(model: ir.Model, layers: tuple[int, ...]) -> None:
     """Take the caches of layers without attention off the graph; number the others anew."""
-    graph, new = model.graph, dict[int, int]()
-    for values in (graph.outputs, graph.inputs):
-        for value in list(values):
-            found = CACHE.search(str(value.name))
-            if found is not None and int(found[2]) in layers:
-                values.remove(value)
-                if value.uses():
-                    raise VerificationError(
-                        f"the builder's graph reads {value.name} of a layer without attention. "
-                        f"{ANOTHER}"
-                    )
-            elif found is not None:
-                index = new.setdefault(int(found[2]), len(new))
-                value.name = f"{found[1]}.{index}.{found[3]}"
-        RemoveUnusedNodesPass()(model)
+    graph = model.graph
+    for value in [v for v in graph.outputs if _cache_of(v) in layers]:
+        graph.outputs.remove(value)
+    RemoveUnusedNodesPass()(model)
+    kept = [v for v in graph.inputs if _cache_of(v) is not None and _cache_of(v) not in layers]
+    for value in [v for v in graph.inputs if _cache_of(v) in layers]:
+        if all(node.op_type == "Shape" for node, _ in value.uses()):
+            value.replace_all_uses_with(kept[0])  # how long the past is: any layer's tells
+        if value.uses():
+            reader = next(iter(value.uses())).node
+            raise VerificationError(
+                f"the builder's {reader.op_type} {reader.name} reads {value.name} of a layer "
+                f"without attention. {ANOTHER}"
+            )
+        graph.inputs.remove(value)
+    layers_left = sorted({layer for v in kept if (layer := _cache_of(v)) is not None})
+    numbers = {layer: index for index, layer in enumerate(layers_left)}
+    for value in (*graph.inputs, *graph.outputs):
+        found = CACHE.search(str(value.name))
+        if found is not None:
+            value.name = f"{found[1]}.{numbers[int(found[2])]}.{found[3]}"
+
+
+def _cache_of(value: ir.Value) -> int | None:
+    """The layer whose keys or values these are."""
+    found = CACHE.search(str(value.name))
+    return int(found[2]) if found else None
 
 
 def _check(model: ir.Model, checkpoint: Checkpoint) -> None:

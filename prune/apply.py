@@ -13,7 +13,7 @@ from typing import Any
 from shortstack.checkpoint import Checkpoint
 from shortstack.disk import disk_errors, require_space
 from shortstack.errors import MissingExtraError, ShortstackError, one_line
-from shortstack.families import REMOVED, rotates
+from shortstack.families import REMOVED, both_spellings, rotates
 from shortstack.progress import OnProgress, silent
 from shortstack.prune.per_layer import cut_config
 from shortstack.prune.plan import PrunePlan
@@ -49,7 +49,7 @@ def prepare(checkpoint: Checkpoint, plan: PrunePlan, max_shard: int = MAX_SHARD_
             f"the plan is for {plan.n_layers} layers, {checkpoint.path} has "
             f"{checkpoint.n_layers}. Plan again for this model."
         )
-    config = cut_config(checkpoint.config, plan.n_layers, plan.keep)
+    config = both_spellings(cut_config(checkpoint.config, plan.n_layers, plan.keep))
     sources = dict(plan_sources(checkpoint, plan))
     layout = lay_out(((new, s.dtype, s.shape) for new, s in sources.items()), max_shard)
     return Surgery(_with_removed(checkpoint, config, plan), sources, layout)
@@ -118,15 +118,17 @@ def check_loadable(checkpoint: Checkpoint) -> None:
     """
     try:
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
+
+        from shortstack.pretrained import config_of
     except ImportError:
         raise MissingExtraError("transformers", "prune", "checking a pruned model") from None
     try:
-        config = AutoConfig.from_pretrained(
-            checkpoint.path, local_files_only=True, trust_remote_code=False
-        )
+        config = config_of(checkpoint.path)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ShortstackError:
+        raise
     except Exception as error:  # what transformers raises for a bad field has no class in common
         raise ShortstackError(
             f"transformers refuses config.json: {type(error).__name__}: "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import MissingExtraError, ShortstackError, one_line, unknown
+from shortstack.pretrained import attention_of, config_of, layers_return_tuples
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,7 @@ class LayerwiseModel:
     def __init__(self, checkpoint: Checkpoint, dtype: str = "auto") -> None:
         self.dtype = choose_dtype(dtype)
         self._model = _load(checkpoint, self.dtype)
-        self._layers = list(self._model.base_model.layers)
+        self._layers = list(self._model.get_decoder().layers)
         self._arguments: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         self.evaluations = 0
 
@@ -55,24 +56,32 @@ class LayerwiseModel:
         """
         from shortstack.prune.scoring import negative_log_likelihood
 
-        head = self._model.get_output_embeddings()
-        final = self._model.base_model.norm(hidden[:, :-1]).flatten(0, 1)
-        return negative_log_likelihood(final, head.weight, tokens[:, 1:].flatten(), head.bias)
+        head, config = self._model.get_output_embeddings(), self._model.config.get_text_config()
+        final = self._model.get_decoder().norm(hidden[:, :-1]).flatten(0, 1)
+        return negative_log_likelihood(
+            final,
+            head.weight,
+            tokens[:, 1:].flatten(),
+            head.bias,
+            scale=1 / (getattr(config, "logits_scaling", None) or 1.0),  # Granite
+            cap=getattr(config, "final_logit_softcapping", None),  # Gemma 2
+        )
 
     def _record(self, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """Run the model with layers that do nothing but note what they were called with."""
         first: list[Tensor] = []
         arguments: list[dict[str, Any]] = []
+        in_tuple = layers_return_tuples(self._model.config)
 
-        def note(hidden: Tensor, **named: Any) -> Tensor:
+        def note(hidden: Tensor, **named: Any) -> Any:
             first.append(hidden)
             arguments.append(named)
-            return hidden
+            return (hidden,) if in_tuple else hidden
 
         with contextlib.ExitStack() as stack:
             for layer in self._layers:
                 stack.enter_context(_replaced_forward(layer, note))
-            self._model.base_model(input_ids=tokens, use_cache=False)
+            self._model.get_decoder()(input_ids=tokens, use_cache=False)
         return first[0], arguments
 
 
@@ -125,12 +134,15 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
+        config = config_of(checkpoint.path)
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint.path,
+            config=config,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
             dtype=dtype,
+            **attention_of(config),
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ShortstackError(
@@ -144,7 +156,7 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
 
 @contextlib.contextmanager
-def _replaced_forward(layer: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
+def _replaced_forward(layer: Any, forward: Callable[..., Any]) -> Iterator[None]:
     layer.forward = forward  # shadows the method of the class for this one layer
     try:
         yield

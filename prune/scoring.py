@@ -25,13 +25,20 @@ def block_influence(inputs: Tensor, outputs: Tensor) -> Tensor:
 
 
 def negative_log_likelihood(
-    hidden: Tensor, head: Tensor, targets: Tensor, bias: Tensor | None = None
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    cap: float | None = None,
 ) -> float:
     """Sum of -log softmax(head @ h)[target] over all positions, in nats.
 
     `hidden` is (positions, width), `head` (vocabulary, width), `targets` (positions,). The same
     number as cross_entropy(linear(hidden, head).float(), targets, reduction="sum"), but the
     logits exist only in chunks: log sum exp over the vocabulary is the log sum exp of the chunks'.
+    Logits are multiplied by `scale` and then softly capped: cap * tanh(logit / cap).
     """
     total = 0.0
     for rows, wanted in zip(hidden.split(TOKEN_CHUNK), targets.split(TOKEN_CHUNK), strict=True):
@@ -39,7 +46,9 @@ def negative_log_likelihood(
         for start in range(0, len(head), VOCAB_CHUNK):
             part = head[start : start + VOCAB_CHUNK]
             part_bias = None if bias is None else bias[start : start + VOCAB_CHUNK]
-            logits = functional.linear(rows, part, part_bias).float()
+            logits = functional.linear(rows, part, part_bias).float().mul_(scale)
+            if cap:
+                logits = logits.div_(cap).tanh_().mul_(cap)
             column = (wanted - start).clamp(0, len(part) - 1)
             here = column == wanted - start
             picked = torch.where(here, logits.gather(1, column[:, None])[:, 0], picked)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shortstack.errors import MissingExtraError, ShortstackError, one_line
-
-if TYPE_CHECKING:
-    import torch
+from shortstack.errors import MissingExtraError, ShortstackError
+from shortstack.pretrained import load
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -28,7 +24,7 @@ class PyTorchSession:
         torch, transformers = _packages()
         torch.set_num_threads(threads)
         self._torch = torch
-        self._model = _load(path, getattr(torch, dtype))
+        self._model = load(path, getattr(torch, dtype))
         self._cache: Any = None
         self._context_tokens = context_tokens
         self._tokenizer_file = path / "tokenizer.json"
@@ -103,42 +99,6 @@ def _packages() -> tuple[Any, Any]:
     except ImportError as error:
         raise MissingExtraError(str(error.name), "prune", "running a checkpoint") from None
     return torch, transformers
-
-
-def _load(path: Path, dtype: torch.dtype) -> Any:
-    """Load without network, remote code or pickles; refuse a folder that does not fit its config.
-
-    transformers only warns when it invents a tensor or ignores one: the model would run, wrong.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            # with output_loading_info it returns a pair, which its annotations do not say
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(path),
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError) as error:
-        raise ShortstackError(
-            f"transformers cannot open {path}: {one_line(str(error), 300)} "
-            "Check that it is a model folder with config.json and *.safetensors."
-        ) from None
-    model, facts = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if facts[kind]:
-            name = sorted(map(str, facts[kind]))[0]
-            raise ShortstackError(
-                f"{path}: tensor {name} is {kind.split('_')[0]} ({len(facts[kind])} such): "
-                "config.json disagrees with the tensors. Write the folder again."
-            )
-    return model.eval()
 
 
 def open_session(path: Path, *, threads: int, context_tokens: int) -> PyTorchSession:

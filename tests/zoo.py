@@ -58,13 +58,11 @@ GEMMA3: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 LONG_ROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "original_max_position_embeddings": 256,
+    "type": "longrope",
     "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
     "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
-    "partial_rotary_factor": 0.5,
 }
+"""Spelled as before transformers 5, which reads it, too."""
 
 ZOO: dict[str, Specimen] = {
     "llama": Specimen("Llama", {"tie_word_embeddings": True}),
@@ -105,11 +103,18 @@ ZOO: dict[str, Specimen] = {
             "partial_rotary_factor": 0.5,
             "max_position_embeddings": 512,
             "original_max_position_embeddings": 256,
-            "rope_parameters": LONG_ROPE,
+            "rope_scaling": LONG_ROPE,
         },
     ),
     "olmo2": Specimen("Olmo2"),
-    "olmo3": Specimen("Olmo3", {"sliding_window": WINDOW, "layer_types": _windowed(4, 8)}),
+    "olmo3": Specimen(
+        "Olmo3",
+        {
+            "sliding_window": WINDOW,
+            "layer_types": _windowed(4, 8),
+            "rope_theta": 500000.0,  # the default of one major of transformers only
+        },
+    ),
     "granite": Specimen(
         "Granite",
         {

@@ -12,14 +12,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.families import layer_windows, rotates
+from shortstack.pretrained import attention_of, config_of
 from shortstack.prune import PrunePlan, apply_plan
+from shortstack.prune.calibrate import LayerwiseModel
 
 TOKENS = (torch.arange(48)[None] * 37 + 11) % 512
 """Three times the zoo's sliding window."""
 
 
 def load(folder: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, **attention_of(config_of(folder))
+    )
     model.eval()
     return model
 
@@ -40,10 +44,27 @@ def layers(model: PreTrainedModel) -> torch.nn.ModuleList:
 def skip(model: PreTrainedModel, layer: int) -> None:
     """Make a layer of the whole model pass its input on: no renumbering, no config."""
 
-    def pass_on(module: torch.nn.Module, given: tuple[torch.Tensor, ...], _: object) -> object:
-        return given[0]
+    def pass_on(module: torch.nn.Module, given: tuple[torch.Tensor, ...], made: object) -> object:
+        # some layers return a tuple before transformers 5
+        return (given[0], *made[1:]) if isinstance(made, tuple) else given[0]
 
     layers(model)[layer].register_forward_hook(pass_on)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_running_layer_by_layer_gives_the_loss_of_the_whole_model(
+    name: str, tmp_path: Path
+) -> None:
+    original = Checkpoint.open(make_model(name, tmp_path / "model"))
+    layered = LayerwiseModel(original, "float32")
+    with torch.inference_mode():
+        hidden = layered.embed(TOKENS)
+        for index in range(layered.n_layers):
+            hidden = layered.layer(index, hidden)
+        whole = torch.nn.functional.cross_entropy(
+            logits(load(original.path))[0, :-1], TOKENS[0, 1:], reduction="sum"
+        )
+        assert layered.nats(hidden, TOKENS) == pytest.approx(whole.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
@@ -14,15 +14,15 @@ from shortstack.prune import METHODS, planner
 from shortstack.prune.calibrate import LayerwiseModel, batches
 from shortstack.prune.leave_one_out import leave_one_out
 from shortstack.prune.plan import Removal
-from shortstack.text import open_corpus, token_windows
+from shortstack.text import open_corpus
+from shortstack.tokens import Encoder
 
 SCORED = sorted(name for name, method in METHODS.items() if method.needs_text)
 
 
 @pytest.fixture(scope="module")
 def windows(tiny: Path) -> list[list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(tiny, local_files_only=True)
-    return token_windows(open_corpus("spdx").calibration, tokenizer.encode, 64, 8)
+    return Encoder(Checkpoint.open(tiny)).windows(open_corpus("spdx").calibration, 64, 8)
 
 
 @torch.inference_mode()

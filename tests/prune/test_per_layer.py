@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from shortstack.errors import ShortstackError
 from shortstack.prune.per_layer import cut_config
@@ -11,7 +11,7 @@ from shortstack.prune.per_layer import cut_config
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-def families() -> dict[str, PreTrainedConfig]:
+def families() -> dict[str, PretrainedConfig]:
     """Configs of many families as transformers itself fills them in: 12 layers each."""
     small: dict[str, Any] = {
         "num_hidden_layers": 12,

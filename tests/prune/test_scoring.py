@@ -32,6 +32,16 @@ def test_chunked_likelihood_is_cross_entropy(positions: int, vocabulary: int, bi
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+def test_scaled_and_capped_logits_count() -> None:
+    torch.manual_seed(0)
+    hidden, head = torch.randn(300, 16), torch.randn(5000, 16)
+    targets = torch.randint(0, 5000, (300,))
+    logits = 2.0 * torch.tanh(functional.linear(hidden, head) * 0.25 / 2.0)
+    expected = functional.cross_entropy(logits, targets, reduction="sum").item()
+    found = scoring.negative_log_likelihood(hidden, head, targets, scale=0.25, cap=2.0)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
 def test_lowest_skips_what_has_no_score_and_breaks_ties_to_the_left() -> None:
     assert scoring.lowest([None, 0.5, 0.1, 0.5, 0.9], 2) == (1, 2)
 

@@ -18,6 +18,7 @@ from shortstack.families.fields import (
     spell_out,
     window_note,
 )
+from shortstack.families.spelling import both_spellings
 from shortstack.families.table import FAMILIES, Family, TensorRule, expected_tensors
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "REMOVED",
     "Family",
     "TensorRule",
+    "both_spellings",
     "check_rope",
     "context_tokens",
     "decoder_config",

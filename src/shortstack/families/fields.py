@@ -213,8 +213,9 @@ def rope_parameters(config: Config, kind: str = FULL) -> dict[str, Any]:
 
 
 def _older_rope(config: Config, kind: str) -> dict[str, Any]:
-    """Before transformers 5: `rope_theta`, `rope_scaling`, and Gemma 3's local base frequency."""
-    local = config.get("rope_local_base_freq")
+    """Before transformers 5: `rope_theta`, `rope_scaling`, and a base for sliding layers alone."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    local = config.get(family.local_theta) if family and family.local_theta else None
     if kind == SLIDING and local is not None:
         return {"rope_theta": local}
     made = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}

@@ -42,10 +42,11 @@ class Family:
     `outputs` are the projections that write a sub-block's result into the residual stream: zero,
     the sub-block is gone. `full_every`: transformers' own rule where the config has no
     `layer_types` (every n-th layer attends to everything, the others to the window);
-    `unrotated_every`: the same for layers without rotation. `window_switch` names the field that
-    must be true for `sliding_window` to count. `tied_by_default`: the head is the embedding where
-    the config does not say. `others` are prefixes of tensors outside the decoder (a vision tower),
-    carried along untouched.
+    `unrotated_every`: the same for layers without rotation. `local_theta`: before transformers 5,
+    the field with the base of sliding layers, whose rotation is never scaled. `window_switch`
+    names the field that must be true for `sliding_window` to count. `tied_by_default`: the head is
+    the embedding where the config does not say. `others` are prefixes of tensors outside the
+    decoder (a vision tower), carried along untouched.
     """
 
     model_type: str
@@ -60,6 +61,7 @@ class Family:
     )
     full_every: int | None = None
     unrotated_every: int | None = None
+    local_theta: str | None = None
     window_switch: str | None = None
     nested: str | None = None
     tied_by_default: bool = False
@@ -218,6 +220,7 @@ GEMMA3 = dataclasses.replace(
         _head_norms("head_dim", "head_dim", 1.0),
     ),
     full_every=6,
+    local_theta="rope_local_base_freq",
 )
 
 FAMILIES: dict[str, Family] = {
@@ -229,6 +232,7 @@ FAMILIES: dict[str, Family] = {
             _llama_like("smollm3", "SmolLM3ForCausalLM", "smollm3"),
             unrotated_every=4,
             window_switch="use_sliding_window",
+            tied_by_default=True,
         ),
         dataclasses.replace(
             _llama_like("qwen2", "Qwen2ForCausalLM", "qwen2", interleaved=False),
@@ -252,7 +256,9 @@ FAMILIES: dict[str, Family] = {
         _inside(GEMMA3, "gemma3", "Gemma3ForConditionalGeneration", "language_model."),
         _phi3(),
         _olmo("olmo2", "Olmo2ForCausalLM"),
-        dataclasses.replace(_olmo("olmo3", "Olmo3ForCausalLM"), full_every=4),
+        dataclasses.replace(
+            _olmo("olmo3", "Olmo3ForCausalLM"), full_every=4, local_theta="rope_theta"
+        ),
         _llama_like("granite", "GraniteForCausalLM", "granite"),
     )
 }
