@@ -16,8 +16,8 @@ from shortstack.errors import ShortstackError
 from shortstack.export.gguf_types import PRECISIONS, TYPES
 
 TIMEOUT_S = 24 * 3600.0
-BUFFER_BYTES = 128 * 2**20
-"""Rows that libllama may hold at once; its own default is 8 GiB."""
+BUFFER_BYTES = 32 * 2**20
+"""Rows that libllama may hold at once; its own default is 8 GiB, and no faster."""
 
 
 def quantize(source: Path, target: Path, request: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from shortstack import activations, families
 from shortstack.activations import refuse_float16
 from shortstack.artifact import Artifact, ExportSpec
-from shortstack.checkpoint import Checkpoint, hash_files
+from shortstack.checkpoint import Checkpoint, hash_digests, hash_file, hashed_meanwhile
 from shortstack.disk import require_space
 from shortstack.errors import VerificationError, require, unknown
 from shortstack.export.gguf_arch import Target, least_runtime, target_notes
@@ -28,10 +29,11 @@ from shortstack.export.gguf_options import (
 from shortstack.export.gguf_quantize import quantize
 from shortstack.export.gguf_types import PRECISIONS, TYPES
 from shortstack.export.gguf_vocab import read_vocabulary
-from shortstack.export.gguf_write import entries, gguf_package, write_floats
+from shortstack.export.gguf_write import entries, write_floats
 from shortstack.export.importance import observe
 from shortstack.export.importance_file import FILE as IMPORTANCE
 from shortstack.export.removed import check_removed
+from shortstack.gguf_header import GGML_TYPES, read_header
 from shortstack.progress import OnProgress, silent
 
 
@@ -108,16 +110,8 @@ def export(
     notes = [*target_notes(checkpoint), *filter(None, (vocabulary.note,))]
     importance = out / IMPORTANCE if wants_importance(checkpoint, spec, shapes) else None
     notes += _calibrate(checkpoint, spec, chosen, calibration, importance)
-    if _needs_quantizer(spec):
-        source = out / "intermediate.gguf"
-        request = _quantize_request(checkpoint, spec, importance)
-        try:
-            write_floats(checkpoint, source, None, progress)
-            quantize(source, target, request)
-        finally:
-            source.unlink(missing_ok=True)
-    else:
-        write_floats(checkpoint, target, spec.precision, progress)
+    with hashed_meanwhile(checkpoint):
+        file_sha256 = _write(checkpoint, spec, target, importance, progress)
     table = read_table(target)
     _check_types(checkpoint, spec, target, table)
     return Artifact(
@@ -127,11 +121,32 @@ def export(
         n_params=checkpoint.n_params,
         size_bytes=target.stat().st_size,
         weight_bytes_per_token=_bytes_per_token(table),
-        sha256=hash_files(out, [target.name]),
+        sha256=hash_digests([(target.name, file_sha256)]),
         source_sha256=checkpoint.sha256,
         least_runtime=least_runtime(checkpoint),
         notes=(*notes, *_fallback_notes(chosen, table), _types_note(table)),
     )
+
+
+def _write(
+    checkpoint: Checkpoint,
+    spec: ExportSpec,
+    target: Path,
+    importance: Path | None,
+    progress: OnProgress,
+) -> str:
+    """Write the file; return its sha256."""
+    if not _needs_quantizer(spec):
+        digest = hashlib.sha256()
+        write_floats(checkpoint, target, spec.precision, progress, digest)
+        return digest.hexdigest()
+    source = target.with_name("intermediate.gguf")
+    try:
+        write_floats(checkpoint, source, None, progress)
+        quantize(source, target, _quantize_request(checkpoint, spec, importance))
+    finally:
+        source.unlink(missing_ok=True)
+    return hash_file(target)
 
 
 def _calibrate(
@@ -171,10 +186,10 @@ class TableRow:
 
 
 def read_table(path: Path) -> list[TableRow]:
-    reader = gguf_package().GGUFReader(path)
+    """What the file says it holds, checked as any foreign file is."""
     return [
-        TableRow(t.name, t.tensor_type.name, int(t.n_bytes), int(t.shape[0]))
-        for t in reader.tensors
+        TableRow(t.name, GGML_TYPES[t.kind].name, t.n_bytes, t.dims[0])
+        for t in read_header(path).tensors
     ]
 
 
