@@ -86,6 +86,16 @@ def pieces(checkpoint: Checkpoint, entry: Entry, kind: str) -> Iterator[Piece]:
         yield Piece(entry, kind, start, stop, (stop - start) // unit if heads else 0)
 
 
+def peak_bytes(checkpoint: Checkpoint, found: Iterable[Entry], kind: str | None) -> int:
+    """Memory of `converted`: its buffers, and two copies in each thread on the way to them."""
+    largest = 0
+    for entry in found:
+        piece = next(pieces(checkpoint, entry, kind_of(checkpoint, entry, kind)))
+        copy = piece.n_weights * (4 if entry.changed else 2)
+        largest = max(largest, (AHEAD + 1) * piece.n_bytes + 2 * N_THREADS * copy)
+    return largest
+
+
 def converted(weights: Weights, todo: Iterable[Piece]) -> Iterator[tuple[Piece, NDArray[np.uint8]]]:
     """Yield each piece with its bytes, in order. The bytes hold until the next one is asked for."""
     free: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()

@@ -20,6 +20,16 @@ BUFFER_BYTES = 32 * 2**20
 """Rows that libllama may hold at once; its own default is 8 GiB, and no faster."""
 
 
+PYTHON_BYTES = 30_000_000
+"""A Python with libllama."""
+
+
+def peak_bytes(largest: int) -> int:
+    """Memory of the child for a largest tensor of so many weights; one row at the least."""
+    slab = min(BUFFER_BYTES, 10 * largest)
+    return PYTHON_BYTES + slab
+
+
 def quantize(source: Path, target: Path, request: Mapping[str, Any]) -> None:
     """Write `target`.
 

@@ -33,7 +33,9 @@ def to_stored(values: NDArray[np.float32], dtype: str) -> memoryview:
 
 def from_bfloat16(bits: NDArray[Any]) -> NDArray[np.float32]:
     """A bfloat16 is the upper half of a float32."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    wide = bits.astype(np.uint32)
+    wide <<= 16  # in place: a second array would be as large as the result
+    return wide.view(np.float32)
 
 
 def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 INTERVAL_S = 0.01
+PROCESS_BYTES = 50_000_000
+"""What a process of the command line holds before it begins an export: part of predictions."""
+
 PROC = Path("/proc")
-FORKED, NOT_EXECUTED = 8, 0x40
-"""The field of /proc/PID/stat with the process flags, counted from its state, and one flag."""
+FLAGS, NOT_EXECUTED = 6, 0x40
+"""Which field of /proc/PID/stat behind the name has the process flags, and PF_FORKNOEXEC."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,15 @@ class Meter:
         self._stopped.set()
         if self._thread.ident is not None:
             self._thread.join()
-            self._sample()
+            self.sample()
         self._made = Footprint(round(wall_s, 3), self._peak, self._at_start, self._n_samples)
 
     def _watch(self) -> None:
         while not self._stopped.wait(INTERVAL_S):
-            self._sample()
+            self.sample()
 
-    def _sample(self) -> None:
+    def sample(self) -> None:
+        """Look now."""
         now = anonymous_bytes(os.getpid())
         if now is not None and self._peak is not None:
             self._peak = max(self._peak, now)
@@ -97,7 +101,7 @@ def anonymous_bytes(pid: int) -> int | None:
 def _tree_bytes(pid: int) -> int:
     """A child between fork and exec shows its parent's pages as its own: not counted twice."""
     try:
-        flags = int((PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[FORKED - 2])
+        flags = int((PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[FLAGS])
     except (OSError, IndexError, ValueError):  # it has ended
         return 0
     own = 0 if flags & NOT_EXECUTED else _own_bytes(pid)
@@ -123,13 +127,21 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def in_words(footprint: Mapping[str, Any], predicted_bytes: int | None) -> str:
-    """`peak memory 212 MB, predicted 350 MB; time 3.2 s`."""
-    peak = footprint["peak_anon_bytes"]
+def against(footprint: Footprint, predicted_peak_bytes: int) -> dict[str, Any]:
+    """The footprint as manifests record it, with the prediction for a process that held what this
+    one really did when the work began."""
+    held = footprint.start_anon_bytes
+    predicted = predicted_peak_bytes + (0 if held is None else held - PROCESS_BYTES)
+    return {**footprint.to_dict(), "predicted_peak_bytes": predicted}
+
+
+def in_words(facts: Mapping[str, Any]) -> str:
+    """`peak memory 212 MB, predicted 350 MB; time 3.2 s`, of what a manifest records."""
+    peak, predicted = facts["peak_anon_bytes"], facts.get("predicted_peak_bytes")
     words = "peak memory unknown here" if peak is None else f"peak memory {_megabytes(peak)}"
-    if predicted_bytes is not None:
-        words += f", predicted {_megabytes(predicted_bytes)}"
-    return f"{words}; time {footprint['wall_s']:.1f} s"
+    if predicted is not None:
+        words += f", predicted {_megabytes(predicted)}"
+    return f"{words}; time {facts['wall_s']:.1f} s"
 
 
 def _megabytes(n_bytes: int) -> str:
