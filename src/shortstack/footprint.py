@@ -44,9 +44,10 @@ class Footprint:
 class Meter:
     """Samples from a thread between `start` and `stop`."""
 
-    def __init__(self) -> None:
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
         self._began_s = time.perf_counter()
-        self._at_start = self._peak = anonymous_bytes(os.getpid())
+        self._at_start = self._peak = anonymous_bytes(pid)
         self._n_samples = 1
         self._stopped = threading.Event()
         self._made: Footprint | None = None
@@ -74,16 +75,17 @@ class Meter:
 
     def sample(self) -> None:
         """Look now."""
-        now = anonymous_bytes(os.getpid())
+        now = anonymous_bytes(self._pid)
         if now is not None and self._peak is not None:
             self._peak = max(self._peak, now)
             self._n_samples += 1
 
 
 @contextlib.contextmanager
-def measured() -> Iterator[Meter]:
-    """Measure the block; the meter's `footprint` is there after it, also if it raised."""
-    meter = Meter()
+def measured(pid: int | None = None) -> Iterator[Meter]:
+    """Measure the block, in this process or in another; the meter's `footprint` is there after it,
+    also if it raised."""
+    meter = Meter(os.getpid() if pid is None else pid)
     try:
         yield meter
     finally:
