@@ -6,7 +6,8 @@
 Without CHECKPOINT a synthetic one is made (--shape, --layers) and removed. Everything is measured
 from outside: wall time from the start of a process until its files are on the disk (fsync), and
 the most anonymous memory of it and its children, sampled. `cp` copies the checkpoint, with fsync,
-in the same round; the page cache stays warm, as dropping it takes root.
+in the same round, and once before the first, unmeasured: whoever came first would pay for a cold
+page cache, which only root can drop. A model near the size of the memory never stays in it whole.
 
 With --converter, llama.cpp's own converter makes F16, and llama_model_quantize of the installed
 libllama (what llama-quantize calls, with its defaults) makes Q4_0 of that: its row is the time of
@@ -160,10 +161,11 @@ def compare(
     if converter is not None:
         rows["F16"] = Row("gguf:F16, llama.cpp's converter")
         rows[QUANTIZED] = Row(f"gguf:{QUANTIZED}, converter and quantizer")
+    out = folder / "out"
+    copy: list[str | Path] = ["cp", "-r", "--reflink=never", source, out / "copy"]
+    run(copy, fresh(out))
     for _ in range(rounds):
-        out = fresh(folder / "out")
-        copy: list[str | Path] = ["cp", "-r", "--reflink=never", source, out / "copy"]
-        copied = run(copy, out)
+        copied = run(copy, fresh(out))
         rows["cp"].costs.append(Cost(copied.wall_s, None, copied.size_bytes))
         for spec in specs:
             rows[spec].costs.append(ours(source, spec, fresh(out)))
@@ -236,7 +238,9 @@ def main() -> None:
             source = folder / "checkpoint"
             make_synthetic(source, asked.shape, **changed)
         rows = compare(source, asked.specs, asked.converter, asked.repeats, folder)
-        print(f"{source.name}: {Checkpoint.open(source).n_bytes / 1e9:.2f} GB, warm page cache\n")
+        print(
+            f"{source.name}: {Checkpoint.open(source).n_bytes / 1e9:.2f} GB, {asked.repeats} rounds\n"
+        )
         print(table(rows))
     finally:
         shutil.rmtree(folder)
