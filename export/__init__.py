@@ -26,7 +26,9 @@ class Exporter(Protocol):
         """Raise ShortstackError for a spec it cannot realise exactly; costs nothing."""
 
     def predict(self, checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, int]:
-        """`size_bytes`, `peak_ram_bytes` and `disk_bytes` (at once, intermediate files too)."""
+        """`size_bytes`; `peak_ram_bytes`, anonymous memory of all processes, with PROCESS_BYTES for
+        the one that asks; `disk_bytes` (at once, intermediate files too). `writing_ram_bytes` is
+        the peak behind the calibration, where an exporter tells the two apart."""
         ...
 
     def context_tokens(self, checkpoint: Checkpoint, spec: ExportSpec) -> int | None:

@@ -16,8 +16,18 @@ from shortstack.errors import ShortstackError
 from shortstack.export.gguf_types import PRECISIONS, TYPES
 
 TIMEOUT_S = 24 * 3600.0
-BUFFER_BYTES = 128 * 2**20
-"""Rows that libllama may hold at once; its own default is 8 GiB."""
+BUFFER_BYTES = 32 * 2**20
+"""Rows that libllama may hold at once; its own default is 8 GiB, and no faster."""
+
+
+PYTHON_BYTES = 30_000_000
+"""A Python with libllama."""
+
+
+def peak_bytes(largest: int) -> int:
+    """Memory of the child for a largest tensor of so many weights; one row at the least."""
+    slab = min(BUFFER_BYTES, 10 * largest)
+    return PYTHON_BYTES + slab
 
 
 def quantize(source: Path, target: Path, request: Mapping[str, Any]) -> None:

@@ -115,6 +115,16 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     )
 
 
+def peak_bytes(folder: Path, vocab_size: int) -> int:
+    """Memory of reading and writing a vocabulary: a token and its merges take about 1 kB as Python
+    objects, but parsed JSON never more than 28 times its text."""
+    file = folder / "tokenizer.json"
+    taken = 1_100 * vocab_size
+    if file.is_file():
+        taken = min(taken, 28 * file.stat().st_size)
+    return 5_000_000 + taken
+
+
 def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     """Write the `tokenizer.*` keys to a GGUFWriter."""
     writer.add_add_space_prefix(vocabulary.add_space_prefix)

@@ -1,47 +1,27 @@
-"""A checkpoint as a GGUF file of plain floats: metadata, tokenizer, tensors one at a time."""
+"""A checkpoint as a GGUF file of plain floats: metadata, tokenizer, tensors by chunks of rows."""
 
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.disk import disk_errors
-from shortstack.errors import MissingExtraError, ShortstackError
+from shortstack.errors import MissingExtraError
 from shortstack.export.gguf_arch import ZERO_MLP, Target
+from shortstack.export.gguf_chunks import Entry, converted, entry_bytes, kind_of, pieces
 from shortstack.export.gguf_meta import add_metadata, rope_tensors
 from shortstack.export.gguf_types import PRECISIONS
 from shortstack.export.gguf_vocab import add_vocabulary, read_vocabulary
-from shortstack.export.weights import Array, Weights, interleave_rope
+from shortstack.export.weights import Weights
 from shortstack.families import TensorRule, expected_tensors
-from shortstack.floats import to_bfloat16
 from shortstack.progress import OnProgress
-
-F16_MAX = 65504.0
-FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
-"""Types that this module writes -> bytes a weight."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the file. `source` is its name in the checkpoint, None for zeros."""
-
-    name: str
-    shape: tuple[int, ...]
-    source: str | None
-    rule: TensorRule
-    scale: float = 1.0
-
-    @property
-    def changed(self) -> bool:
-        """Whether the numbers differ from the checkpoint's, so that they are rounded anew."""
-        return self.scale != 1.0 or self.rule.plus != 0.0
 
 
 def gguf_package() -> Any:
@@ -84,11 +64,17 @@ def _scale(target: Target, layer: tuple[TensorRule, ...], rule: TensorRule) -> f
 
 
 def write_floats(
-    checkpoint: Checkpoint, target: Path, kind: str | None, progress: OnProgress
+    checkpoint: Checkpoint,
+    target: Path,
+    kind: str | None,
+    progress: OnProgress,
+    digest: hashlib._Hash | None = None,
 ) -> None:
-    """Write a file of plain floats, one tensor in memory; `kind` None keeps the stored types."""
+    """Write a file of plain floats by chunks of rows; `kind` None keeps the stored types.
+
+    `digest` is fed with the whole file while it is written, which spares reading it again.
+    """
     gguf = gguf_package()
-    weights = Weights(checkpoint)
     writer = gguf.GGUFWriter(str(target), Target.of(checkpoint).arch.name)
     file_type = PRECISIONS[kind or "F32"].file_type
     name = Path(str(checkpoint.config.get("_name_or_path") or checkpoint.path)).name
@@ -99,8 +85,7 @@ def write_floats(
     for table_name, table in tables.items():
         writer.add_tensor_info(table_name, table.shape, table.dtype, table.nbytes)
     for entry, stored in plan:
-        n_bytes = math.prod(entry.shape) * FLOATS[stored]
-        raw = gguf.GGMLQuantizationType[stored]
+        n_bytes, raw = entry_bytes(entry, stored), gguf.GGMLQuantizationType[stored]
         writer.add_tensor_info(
             entry.name, entry.shape, np.dtype(np.float32), n_bytes, raw_dtype=raw
         )
@@ -110,9 +95,36 @@ def write_floats(
         writer.write_ti_data_to_file()
         for table in tables.values():
             writer.write_tensor_data(table)
-        for done, (entry, stored) in enumerate(plan, 1):
-            writer.write_tensor_data(_converted(checkpoint, weights, entry, stored))
-            progress(done, len(plan))
+        (stream,) = writer.fout
+        stream.flush()
+        if digest is not None:
+            digest.update(target.read_bytes())  # the head: a few MB
+        todo = (piece for entry, kind in plan for piece in pieces(checkpoint, entry, kind))
+        done = 0
+        with _appending(stream, digest, writer.data_alignment) as append:
+            for piece, data in converted(Weights(checkpoint), todo):
+                append(data.data, piece.is_last)
+                done += piece.is_last
+                progress(done, len(plan))
+
+
+@contextlib.contextmanager
+def _appending(
+    stream: BinaryIO, digest: hashlib._Hash | None, alignment: int
+) -> Iterator[Callable[[memoryview, bool], None]]:
+    """Yield a function that writes bytes, hashes them meanwhile, and pads after a tensor's last."""
+    with ThreadPoolExecutor(1) as hashing:
+
+        def append(data: memoryview, is_last: bool) -> None:
+            hashed = hashing.submit(digest.update, data) if digest is not None else None
+            at = stream.tell() + stream.write(data)
+            if hashed is not None:
+                hashed.result()
+            if is_last and at % alignment:
+                append(memoryview(bytes(-at % alignment)), False)
+
+        append(memoryview(b""), True)
+        yield append
 
 
 @contextlib.contextmanager
@@ -125,54 +137,3 @@ def _closing(writer: Any) -> Iterator[None]:
             writer.close()
         raise
     writer.close()
-
-
-def kind_of(checkpoint: Checkpoint, entry: Entry, kind: str | None) -> str:
-    """The type to write a tensor in: vectors are F32, as llama.cpp wants them."""
-    if len(entry.shape) == 1 or entry.source is None:
-        return "F32" if len(entry.shape) == 1 or kind is None else kind
-    if kind is not None:
-        return kind
-    stored = checkpoint.tensors[entry.source].dtype
-    return stored if stored in FLOATS and not entry.changed else "F32"
-
-
-def _converted(checkpoint: Checkpoint, weights: Weights, entry: Entry, kind: str) -> Array:
-    if entry.source is None:
-        return np.zeros(entry.shape, np.uint16 if kind == "BF16" else _numpy_type(kind))
-    stored = checkpoint.tensors[entry.source].dtype
-    same = kind == stored and not entry.changed
-    array = weights.stored(entry.source) if same else weights.float32(entry.source)
-    if entry.changed:
-        array = (array + np.float32(entry.rule.plus)) * np.float32(entry.scale)
-    heads = _interleaved_heads(checkpoint, entry.rule)
-    if heads:
-        array = interleave_rope(array, heads)
-    if same or kind == "F32":
-        return np.ascontiguousarray(array)
-    return to_bfloat16(array) if kind == "BF16" else _to_float16(entry.source, array)
-
-
-def _numpy_type(kind: str) -> type[np.floating[Any]]:
-    return np.float16 if kind == "F16" else np.float32
-
-
-def _interleaved_heads(checkpoint: Checkpoint, rule: TensorRule) -> int:
-    """In how many heads the rows are put into rotation pairs; 0 where they stay."""
-    if rule.rope_heads:
-        return checkpoint.dims[rule.rope_heads]
-    part = rule.gguf.partition(".")[0]
-    names = {"attn_q": "heads", "attn_k": "kv_heads"}
-    if part in names and Target.of(checkpoint).interleaves_all:
-        return checkpoint.dims[names[part]]
-    return 0
-
-
-def _to_float16(name: str, array: Array) -> Array:
-    peak = float(max(array.max(initial=0.0), -array.min(initial=0.0)))
-    if peak > F16_MAX:
-        raise ShortstackError(
-            f"{name} holds {peak:.0f}, beyond the {F16_MAX:.0f} that F16 can hold. "
-            "Export to F32 or BF16."
-        )
-    return array.astype(np.float16)

@@ -8,6 +8,7 @@ the error of a layer's results instead of the error of its weights (llama.cpp, t
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,13 +61,18 @@ def observe(
     return ActivationRange.from_dict(answer)
 
 
-def peak_ram_bytes(checkpoint: Checkpoint, n_tokens: int = 4096) -> int:
-    """Anonymous memory of `observe`: torch, one layer in float32 with its stored form beside it,
-    and the hidden states of all tokens."""
-    sizes = checkpoint.dims
-    layer = 2 * checkpoint.layer_bytes(0)  # at most: float32 of 16-bit weights
+def peak_ram_bytes(checkpoint: Checkpoint, n_tokens: int = 8192) -> int:
+    """Anonymous memory of `observe`: torch, one layer in float32 and one of its matrices again
+    while it is converted, and the hidden states of all tokens."""
+    sizes, prefix = checkpoint.dims, checkpoint.family.layer_prefix.format(i=0)
+    matrices = [
+        4 * math.prod(info.shape)
+        for name, info in checkpoint.tensors.items()
+        if name.startswith(prefix)
+    ]
     widest = max(sizes["ff"], sizes["d"]) * BATCH_TOKENS * 4
-    return 450_000_000 + 2 * layer + 3 * n_tokens * sizes["d"] * 4 + 4 * widest
+    layer = sum(matrices) + max(matrices)
+    return 330_000_000 + layer + 3 * n_tokens * sizes["d"] * 4 + 4 * widest
 
 
 def observe_here(request: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,10 @@ from typing import Any
 from shortstack import activations, families
 from shortstack.activations import refuse_float16
 from shortstack.artifact import Artifact, ExportSpec
-from shortstack.checkpoint import Checkpoint, hash_files
+from shortstack.checkpoint import Checkpoint, hash_digests, hash_file, hashed_meanwhile
 from shortstack.disk import require_space
 from shortstack.errors import VerificationError, require, unknown
+from shortstack.export import gguf_chunks, gguf_quantize, gguf_vocab, importance
 from shortstack.export.gguf_arch import Target, least_runtime, target_notes
 from shortstack.export.gguf_meta import check_config
 from shortstack.export.gguf_mix import Choice, is_matrix
@@ -28,11 +30,15 @@ from shortstack.export.gguf_options import (
 from shortstack.export.gguf_quantize import quantize
 from shortstack.export.gguf_types import PRECISIONS, TYPES
 from shortstack.export.gguf_vocab import read_vocabulary
-from shortstack.export.gguf_write import entries, gguf_package, write_floats
-from shortstack.export.importance import observe
+from shortstack.export.gguf_write import entries, write_floats
 from shortstack.export.importance_file import FILE as IMPORTANCE
 from shortstack.export.removed import check_removed
+from shortstack.footprint import PROCESS_BYTES
+from shortstack.gguf_header import GGML_TYPES, read_header
 from shortstack.progress import OnProgress, silent
+
+LIBRARIES_BYTES = 12_000_000
+"""gguf and numpy, where nothing needed them before."""
 
 
 def check(checkpoint: Checkpoint, spec: ExportSpec) -> None:
@@ -59,12 +65,25 @@ def predict(checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, int]:
         kind = chosen[name].type if name in chosen else "F32"
         size += math.prod(shape[:-1]) * TYPES[kind].row_bytes(shape[-1])
     intermediate = _intermediate_bytes(checkpoint) if _needs_quantizer(spec) else 0
-    largest = max(math.prod(shape) for shape in shapes.values())
+    writing = _writing_bytes(checkpoint, spec)
+    observing = importance.peak_ram_bytes(checkpoint) if calibrates(checkpoint, spec) else 0
     return {
         "size_bytes": size,
-        "peak_ram_bytes": 150_000_000 + 8 * largest + intermediate,
+        "peak_ram_bytes": PROCESS_BYTES + max(writing, observing),
+        "writing_ram_bytes": PROCESS_BYTES + writing,
         "disk_bytes": size + intermediate,
     }
+
+
+def _writing_bytes(checkpoint: Checkpoint, spec: ExportSpec) -> int:
+    """Memory of the export behind its calibration, beyond what the process holds anyway."""
+    found, quantized = entries(checkpoint), _needs_quantizer(spec)
+    kind = None if quantized else spec.precision
+    taken = LIBRARIES_BYTES + gguf_vocab.peak_bytes(checkpoint.path, checkpoint.dims["vocab"])
+    taken += gguf_chunks.peak_bytes(checkpoint, found, kind)
+    if quantized:
+        taken += gguf_quantize.peak_bytes(max(math.prod(entry.shape) for entry in found))
+    return taken
 
 
 def context_tokens(checkpoint: Checkpoint, spec: ExportSpec) -> int | None:
@@ -106,18 +125,10 @@ def export(
     target = out / f"model-{spec.precision}.gguf"
     vocabulary = read_vocabulary(checkpoint.path, checkpoint.dims["vocab"])
     notes = [*target_notes(checkpoint), *filter(None, (vocabulary.note,))]
-    importance = out / IMPORTANCE if wants_importance(checkpoint, spec, shapes) else None
-    notes += _calibrate(checkpoint, spec, chosen, calibration, importance)
-    if _needs_quantizer(spec):
-        source = out / "intermediate.gguf"
-        request = _quantize_request(checkpoint, spec, importance)
-        try:
-            write_floats(checkpoint, source, None, progress)
-            quantize(source, target, request)
-        finally:
-            source.unlink(missing_ok=True)
-    else:
-        write_floats(checkpoint, target, spec.precision, progress)
+    matrix = out / IMPORTANCE if wants_importance(checkpoint, spec, shapes) else None
+    notes += _calibrate(checkpoint, spec, chosen, calibration, matrix)
+    with hashed_meanwhile(checkpoint):
+        file_sha256 = _write(checkpoint, spec, target, matrix, progress)
     table = read_table(target)
     _check_types(checkpoint, spec, target, table)
     return Artifact(
@@ -127,11 +138,32 @@ def export(
         n_params=checkpoint.n_params,
         size_bytes=target.stat().st_size,
         weight_bytes_per_token=_bytes_per_token(table),
-        sha256=hash_files(out, [target.name]),
+        sha256=hash_digests([(target.name, file_sha256)]),
         source_sha256=checkpoint.sha256,
         least_runtime=least_runtime(checkpoint),
         notes=(*notes, *_fallback_notes(chosen, table), _types_note(table)),
     )
+
+
+def _write(
+    checkpoint: Checkpoint,
+    spec: ExportSpec,
+    target: Path,
+    matrix: Path | None,
+    progress: OnProgress,
+) -> str:
+    """Write the file; return its sha256."""
+    if not _needs_quantizer(spec):
+        digest = hashlib.sha256()
+        write_floats(checkpoint, target, spec.precision, progress, digest)
+        return digest.hexdigest()
+    source = target.with_name("intermediate.gguf")
+    try:
+        write_floats(checkpoint, source, None, progress)
+        quantize(source, target, _quantize_request(checkpoint, spec, matrix))
+    finally:
+        source.unlink(missing_ok=True)
+    return hash_file(target)
 
 
 def _calibrate(
@@ -139,23 +171,23 @@ def _calibrate(
     spec: ExportSpec,
     chosen: Mapping[str, Choice],
     windows: Sequence[Sequence[int]],
-    importance: Path | None,
+    matrix: Path | None,
 ) -> list[str]:
-    """Run the model on calibration text where its result matters; write the file `importance`.
+    """Run the model on calibration text where its result matters; write the file `matrix`.
 
     With F16 weights llama.cpp rounds what they are multiplied with to F16, too: inputs beyond its
     range would become infinite. Raises ShortstackError for these, and for missing text.
     """
     in_float16 = any(choice.type == "F16" for choice in chosen.values())
-    if importance is None and not (in_float16 and windows):
+    if matrix is None and not (in_float16 and windows):
         return []
     if not windows:
         refuse_without_text(spec, chosen)
-    seen = observe(checkpoint, windows, importance)
+    seen = importance.observe(checkpoint, windows, matrix)
     if in_float16:
         refuse_float16(seen.inputs, f"{spec.precision} in GGUF", "Export to BF16 or Q8_0.")
     found = [*activations.notes(seen)]
-    if importance is not None:
+    if matrix is not None:
         found.append(f"importance matrix from {seen.n_tokens} tokens of calibration text")
     return found
 
@@ -171,10 +203,10 @@ class TableRow:
 
 
 def read_table(path: Path) -> list[TableRow]:
-    reader = gguf_package().GGUFReader(path)
+    """What the file says it holds, checked as any foreign file is."""
     return [
-        TableRow(t.name, t.tensor_type.name, int(t.n_bytes), int(t.shape[0]))
-        for t in reader.tensors
+        TableRow(t.name, GGML_TYPES[t.kind].name, t.n_bytes, t.dims[0])
+        for t in read_header(path).tensors
     ]
 
 
@@ -232,7 +264,7 @@ def _intermediate_bytes(checkpoint: Checkpoint) -> int:
 
 
 def _quantize_request(
-    checkpoint: Checkpoint, spec: ExportSpec, importance: Path | None
+    checkpoint: Checkpoint, spec: ExportSpec, matrix: Path | None
 ) -> dict[str, Any]:
     head, embedding = spec.option("head"), spec.option("embedding")
     if checkpoint.tied:  # one table: llama.cpp knows it as the embedding
@@ -249,5 +281,5 @@ def _quantize_request(
         "head": head,
         "embedding": embedding,
         "overrides": named,
-        "importance": str(importance) if importance else None,
+        "importance": str(matrix) if matrix else None,
     }

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shortstack.checkpoint import Checkpoint
-from shortstack.floats import STORED, from_bfloat16
+from shortstack.floats import STORED
 
 Array = NDArray[Any]
 
@@ -34,12 +34,8 @@ class Weights:
         path = self._checkpoint.path / info.file
         return np.memmap(path, STORED[info.dtype], "c" if writable else "r", begin, info.shape)
 
-    def float32(self, name: str) -> NDArray[np.float32]:
-        """The tensor in single precision: exact for F32, F16 and BF16."""
-        array = self.stored(name)
-        if self._checkpoint.tensors[name].dtype == "BF16":
-            return from_bfloat16(array)
-        return np.asarray(array, np.float32)
+    def dtype(self, name: str) -> str:
+        return self._checkpoint.tensors[name].dtype
 
     def _header(self, file: str) -> tuple[int, Mapping[str, Any]]:
         """Where the data of a shard begins, and its table of tensors."""

@@ -19,7 +19,7 @@ from shortstack.artifact import Artifact, ExportSpec
 from shortstack.certify import ReferenceFacts, certify, compare, make_reference, verify
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError, VerificationError
-from shortstack.export import exporter, gguf_write
+from shortstack.export import exporter, gguf_chunks
 from shortstack.runtimes.pytorch import PyTorchSession
 from shortstack.text import open_corpus, token_windows
 from shortstack.verification import Bounds, Verification
@@ -143,7 +143,7 @@ def test_an_unpermuted_q_fails(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gguf_write, "interleave_rope", lambda array, heads: array)
+    monkeypatch.setattr(gguf_chunks, "interleave_rope", lambda array, heads: array)
     artifact = exported(checkpoint, tmp_path)
     with pytest.raises(VerificationError, match="KL in prefill"):
         certify(artifact, windows, reference, EXACT, threads=1)

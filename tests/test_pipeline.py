@@ -94,6 +94,10 @@ def test_exact_artifacts_are_held_to_the_hard_bound(done: tuple[Path, dict[str, 
             assert manifest["bounds"]["max_kl"] == 1e-4
             assert manifest["verification"]["kl_decode"] < 1e-4
             assert manifest["verification"]["top1"] > 0.99
+            footprint = manifest["footprint"]
+            assert footprint["wall_s"] > 0
+            peak = footprint["peak_anon_bytes"]
+            assert peak is None or 0 < peak < footprint["predicted_peak_bytes"]
 
 
 def test_the_pruned_checkpoint_is_smaller_and_keeps_its_tokenizer(

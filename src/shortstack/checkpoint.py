@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,11 +178,37 @@ class Checkpoint:
 
 def hash_files(folder: Path, names: list[str]) -> str:
     """SHA-256 over names and contents, in the given order."""
+    return hash_digests((name, hash_file(folder / name)) for name in names)
+
+
+def hash_file(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_digests(digests: Iterable[tuple[str, str]]) -> str:
+    """`hash_files` of files whose own SHA-256 is known."""
     total = hashlib.sha256()
-    for name in names:
-        with (folder / name).open("rb") as file:
-            total.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    for name, digest in digests:
+        total.update(f"{name}\0{digest}\n".encode())
     return total.hexdigest()
+
+
+@contextlib.contextmanager
+def hashed_meanwhile(checkpoint: Checkpoint) -> Iterator[None]:
+    """Compute `checkpoint.sha256` beside the work of the block; it is known after it.
+
+    In a daemon thread, so that Ctrl-C need not wait for gigabytes.
+    """
+
+    def run() -> None:
+        with contextlib.suppress(OSError):  # who asks for the hash gets the error
+            _ = checkpoint.sha256
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    yield
+    thread.join()
 
 
 def _read_config(path: Path) -> dict[str, Any]:

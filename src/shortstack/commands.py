@@ -20,6 +20,7 @@ from shortstack.devices.workload import Prompt
 from shortstack.disk import require_space
 from shortstack.errors import ShortstackError
 from shortstack.export import exporter
+from shortstack.footprint import in_words
 from shortstack.intake import model_paths, open_model, preview_model
 from shortstack.manifest import (
     check_apart,
@@ -200,6 +201,7 @@ def export(
                     )
                 log_probs.unlink()
                 kept = write_manifest(partial, "export", key, facts)
+                display.note(in_words(facts["footprint"]))
     return {"folder": str(out), **_facts(kept)}
 
 

@@ -19,6 +19,7 @@ from shortstack.devices.measurement import Measurement
 from shortstack.devices.workload import Prompt, Workload
 from shortstack.errors import ShortstackError, VerificationError
 from shortstack.export import exporter
+from shortstack.footprint import against, in_words, measured
 from shortstack.intake import open_model
 from shortstack.manifest import read_manifest
 from shortstack.progress import OnProgress
@@ -228,6 +229,8 @@ def export(
             str(error),
             {"perplexity": truth.perplexity, "n_tokens": truth.n_windows * truth.length},
         )
+    if truth is not None:
+        folder.display.note(f"{label}/{wanted.spec.slug}: {in_words(manifest['footprint'])}")
     return Exported(
         label,
         wanted.spec.slug,
@@ -254,7 +257,10 @@ def export_and_certify(
     windows: list[list[int]] = []
     if make.calibrates(checkpoint, wanted.spec):
         windows = calibration_windows(checkpoint, corpus, calibration)
-    artifact = make.export(checkpoint, wanted.spec, partial, calibration=windows, progress=progress)
+    with measured() as meter:
+        artifact = make.export(
+            checkpoint, wanted.spec, partial, calibration=windows, progress=progress
+        )
     proof = certify(
         artifact,
         unseen_windows(checkpoint, corpus, checks),
@@ -269,6 +275,9 @@ def export_and_certify(
         "artifact": artifact.to_dict(partial),
         "verification": proof.to_dict(),
         "bounds": dataclasses.asdict(bounds),
+        "footprint": against(
+            meter.footprint, make.predict(checkpoint, wanted.spec)["peak_ram_bytes"]
+        ),
     }
 
 

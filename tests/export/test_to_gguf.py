@@ -15,7 +15,7 @@ from shortstack import floats
 from shortstack.artifact import ExportSpec
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
-from shortstack.export import exporter, gguf_write, to_gguf
+from shortstack.export import exporter, gguf_chunks, to_gguf
 from shortstack.export.gguf_meta import rope_factors
 from shortstack.runtimes import open_session
 
@@ -52,7 +52,7 @@ def test_without_the_permutation_of_q_the_distance_shows_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gguf_write, "interleave_rope", lambda array, heads: array)
+    monkeypatch.setattr(gguf_chunks, "interleave_rope", lambda array, heads: array)
     artifact = to_gguf.export(checkpoint, spec("F32"), tmp_path)
     assert min(distance(checkpoint, artifact.path, "llama.cpp")) > 0.1
 

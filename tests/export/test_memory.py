@@ -1,0 +1,81 @@
+"""An export holds chunks of tensors, never a whole one, and predicts what it takes."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.make_synthetic import make_synthetic
+
+from shortstack import child
+from shortstack.artifact import ExportSpec
+from shortstack.checkpoint import Checkpoint, hash_files
+from shortstack.export import gguf_chunks, to_gguf
+from shortstack.footprint import against, measured
+
+ROOT = Path(__file__).parents[2]
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells anonymous memory")
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Few tensors, three of them of 168 MB each in float32."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    make_synthetic(folder, "tiny", num_hidden_layers=1, hidden_size=512, intermediate_size=81920)
+    return Checkpoint.open(folder)
+
+
+def export_here(request: dict[str, Any]) -> dict[str, Any]:
+    """In a child, which holds nothing of the tests."""
+    checkpoint = Checkpoint.open(Path(request["model"]))
+    spec = ExportSpec.parse(request["spec"])
+    with measured() as meter:
+        to_gguf.export(checkpoint, spec, Path(request["out"]))
+    return against(meter.footprint, to_gguf.predict(checkpoint, spec)["writing_ram_bytes"])
+
+
+@linux
+@pytest.mark.parametrize("precision", ["F32", "F16", "Q4_0"])
+def test_no_tensor_is_held_whole_and_the_prediction_holds(
+    precision: str, wide: Checkpoint, tmp_path: Path
+) -> None:
+    facts = child.call(
+        "tests.export.test_memory:export_here",
+        {"model": str(wide.path), "spec": f"gguf:{precision}", "out": str(tmp_path)},
+        timeout_s=300,
+        what="the export",
+        env={"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+    )
+    largest = max(4 * math.prod(info.shape) for info in wide.tensors.values())
+    assert facts["peak_anon_bytes"] < facts["predicted_peak_bytes"] < largest
+    assert facts["predicted_peak_bytes"] < 2 * facts["peak_anon_bytes"]
+
+
+@pytest.mark.parametrize("precision", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("name", ["llama-untied", "llama-biases", "wide-heads"])
+def test_where_a_tensor_is_cut_into_chunks_changes_nothing(
+    precision: str,
+    name: str,
+    make_variant: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint, spec = make_variant(name), ExportSpec.parse(f"gguf:{precision}")
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    whole = to_gguf.export(checkpoint, spec, tmp_path / "whole")
+    monkeypatch.setattr(gguf_chunks, "CHUNK_WEIGHTS", 5 * 64)  # rows of 64 and 128, heads of 16
+    cut = to_gguf.export(checkpoint, spec, tmp_path / "cut")
+    assert cut.path.read_bytes() == whole.path.read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["F16", "Q4_0"])
+def test_the_hash_taken_while_writing_is_the_files(
+    precision: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    artifact = to_gguf.export(checkpoint, ExportSpec.parse(f"gguf:{precision}"), tmp_path)
+    assert artifact.sha256 == hash_files(tmp_path, [artifact.path.name])
