@@ -238,9 +238,8 @@ def main() -> None:
             source = folder / "checkpoint"
             make_synthetic(source, asked.shape, **changed)
         rows = compare(source, asked.specs, asked.converter, asked.repeats, folder)
-        print(
-            f"{source.name}: {Checkpoint.open(source).n_bytes / 1e9:.2f} GB, {asked.repeats} rounds\n"
-        )
+        size = Checkpoint.open(source).n_bytes / 1e9
+        print(f"{source.name}: {size:.2f} GB, {asked.repeats} rounds\n")
         print(table(rows))
     finally:
         shutil.rmtree(folder)

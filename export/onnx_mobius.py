@@ -38,7 +38,7 @@ def unsupported(checkpoint: Checkpoint) -> str | None:
 
 def peak_ram_bytes(checkpoint: Checkpoint) -> int:
     """Anonymous memory of `build`: the packages and the graph; weights are mapped."""
-    return 600_000_000
+    return 320_000_000
 
 
 def disk_bytes(checkpoint: Checkpoint) -> int:

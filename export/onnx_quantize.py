@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from shortstack.export.onnx_data import DataFile
 from shortstack.export.onnx_graph import names_of
 from shortstack.export.onnx_tables import Tables
+from shortstack.export.to_onnx import ROUNDED_AT_ONCE
 
 WIDE = {
     "down": re.compile(r"\bdown_proj\b"),
@@ -21,9 +22,6 @@ WIDE = {
 }
 INT8_PRODUCTS = 4
 """accuracy_level: products in int8; in float they take ten times as long."""
-CHUNK_WEIGHTS = 1 << 24
-"""Weights rounded at a time: temporary arrays take ten times their bytes."""
-
 Codes = tuple[NDArray[np.uint8], NDArray[np.float32]]
 OnWritten = Callable[[int], None]
 
@@ -59,7 +57,7 @@ def quantize_rows(table: NDArray[Any], block: int, bits: int) -> Codes:
     rows, width = table.shape
     codes = np.empty((rows, width // block, block * bits // 8), np.uint8)
     scales = np.empty((rows, width // block), np.float32)
-    step = max(1, CHUNK_WEIGHTS // width)
+    step = max(1, ROUNDED_AT_ONCE // width)
     for begin in range(0, rows, step):
         part = slice(begin, begin + step)
         blocks = np.ascontiguousarray(table[part], np.float32).reshape(-1, width // block, block)

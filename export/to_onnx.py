@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,15 +14,19 @@ from shortstack.artifact import Artifact, ExportSpec
 from shortstack.checkpoint import Checkpoint, hash_files
 from shortstack.disk import require_space
 from shortstack.errors import ShortstackError, require, unknown
+from shortstack.export import importance
 from shortstack.export.importance import observe
 from shortstack.export.onnx_builders import AUTO, BUILDERS, Builder, choose
 from shortstack.export.removed import check_removed
 from shortstack.families import check_rope, rope_parameters
+from shortstack.footprint import PROCESS_BYTES
 from shortstack.progress import OnProgress, silent
 
 MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "genai_config.json"
 TIMEOUT_S = 24 * 3600.0
 DEFAULT_CONTEXT = 2048
+ROUNDED_AT_ONCE = 1 << 24
+"""Weights that onnx_quantize.py rounds at a time: it has ten bytes of temporary arrays for each."""
 ROTATIONS = ("default", "linear", "llama3", "yarn", "longrope")
 """Rotations that are a table; transformers computes it."""
 
@@ -110,12 +115,22 @@ def predict(checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, int]:
     size = checkpoint.n_params * bits // 8 if plain else _quantized_bytes(checkpoint, spec)
     entry_bytes = 2 if spec.precision == "fp16" else 4
     size += 200 * checkpoint.n_layers * 50 + entry_bytes * _rotation_entries(checkpoint, spec)
-    largest = max(checkpoint.dims["vocab"], checkpoint.dims["gate_up"]) * checkpoint.dims["d"]
+    largest = max(math.prod(info.shape) for info in checkpoint.tensors.values())
+    making = builder.peak_ram_bytes(checkpoint) + _writing_bytes(largest, bits)
+    observing = importance.peak_ram_bytes(checkpoint) if calibrates(checkpoint, spec) else 0
     return {
         "size_bytes": size,
-        "peak_ram_bytes": builder.peak_ram_bytes(checkpoint) + 12 * largest,
+        "peak_ram_bytes": PROCESS_BYTES + max(making, observing),
         "disk_bytes": size + builder.disk_bytes(checkpoint),
     }
+
+
+def _writing_bytes(largest: int, bits: int) -> int:
+    """What the largest tensor takes while it is written, of so many weights: it and its copy in
+    float32, or its codes and what rounding a part of it takes."""
+    if bits == 32:
+        return 8 * largest
+    return 6 * largest if bits == 16 else 5 * largest + 16 * min(largest, ROUNDED_AT_ONCE)
 
 
 def _rotation_entries(checkpoint: Checkpoint, spec: ExportSpec) -> int:
