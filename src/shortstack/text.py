@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import importlib.util
 import itertools
 import json
 import re
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shortstack.errors import MissingExtraError, ShortstackError
+from shortstack.rows import is_jsonl, read_rows, read_utf8
 
 PARTS = ("calibration", "selection", "test")
 BLOCK_CHARS = 4000
@@ -134,33 +134,18 @@ def _spdx() -> dict[str, list[str]]:
 
 
 def _file(path: Path) -> dict[str, list[str]]:
-    try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ShortstackError(
-            f"cannot read the text file {path}: {type(error).__name__}. Give UTF-8 .txt or .jsonl."
-        ) from None
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        documents = [_row_text(path, n, line) for n, line in enumerate(text.splitlines(), 1)]
+    if is_jsonl(path):
+        documents = [_row_text(path, number, row) for number, row in read_rows(path)]
     else:
-        documents = _blocks(text)
+        documents = _blocks(read_utf8(path))
     groups: dict[str, list[str]] = {}
     for document in filter(None, documents):
         groups.setdefault(hashlib.sha256(document.encode()).hexdigest(), [document])
     return groups
 
 
-def _row_text(path: Path, number: int, line: str) -> str:
-    if not line.strip():
-        return ""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        raise ShortstackError(
-            f"{path}, line {number}: not JSON. Mend or remove the line."
-        ) from None
-    text = row.get("text") if isinstance(row, dict) else None
+def _row_text(path: Path, number: int, row: Mapping[str, Any]) -> str:
+    text = row.get("text")
     if not isinstance(text, str):
         raise ShortstackError(
             f"{path}, line {number}: no string field 'text'. Rename the field that holds the text."
