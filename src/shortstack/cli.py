@@ -4,27 +4,23 @@ turns errors into exit codes: 0 done, 1 an artifact failed its verification, 2 t
 
 from __future__ import annotations
 
-import errno
-import functools
-import json
-import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, ParamSpec
+from typing import Annotated
 
 import typer
 
 from shortstack import __version__
-from shortstack.disk import FULL
-from shortstack.errors import ShortstackError, one_line
-
-UNWRITABLE = (
-    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST),
-    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+from shortstack.cli_shared import (
+    DryRun,
+    JsonOption,
+    Model,
+    Out,
+    QuietOption,
+    Text,
+    answer,
+    user_errors,
 )
-"""What the system says of a place that cannot be written or read."""
-P = ParamSpec("P")
 
 app = typer.Typer(
     help="Make a language model shallower, export it, prove the export, measure it.",
@@ -33,66 +29,10 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="A Hugging Face folder, a .gguf file, pkg:PACKAGE/PATH, or hf:OWNER/NAME (downloads)."
-    ),
-]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result goes; must be ours.")]
-Text = Annotated[
-    str, typer.Option(help="Your text: .txt, .jsonl with a field 'text', or spdx (licences).")
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No bars, no table.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON line.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, write nothing.")]
 Drop = Annotated[
     str, typer.Option(help="How many layers a method shall choose, or which: 11-15,20.")
 ]
 Method = Annotated[str, typer.Option(help="explicit, influence or perplexity.")]
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"shortstack: {one_line(message)}", err=True)
-    raise typer.Exit(code)
-
-
-def user_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn what a user can mend into one line and an exit code; let bugs keep their traceback."""
-
-    @functools.wraps(command)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
-        previous = signal.signal(signal.SIGTERM, _terminated)
-        try:
-            command(*args, **kwargs)
-        except ShortstackError as error:
-            _fail(str(error), error.exit_code)
-        except KeyboardInterrupt:
-            _fail(
-                "interrupted. Nothing half-written is left; run the same command to go on.",
-                2,
-            )
-        except OSError as error:
-            if error.errno in FULL:
-                _fail("disk full. Free some space or choose another -o.", 2)
-            if error.errno not in UNWRITABLE:
-                raise
-            _fail(f"cannot use {error.filename}: {error.strerror}. Choose another place.", 2)
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-
-    return guarded
-
-
-def _terminated(signum: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
-def _answer(data: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
-    if as_json:
-        typer.echo(json.dumps(data, ensure_ascii=False))
-    else:
-        show()
 
 
 @app.command()
@@ -112,11 +52,11 @@ def run(
     loaded = load_recipe(recipe)
     if dry_run:
         expected = forecast(loaded)
-        _answer(expected, as_json, lambda: terminal.print_forecast(expected))
+        answer(expected, as_json, lambda: terminal.print_forecast(expected))
         return
     command = f"shortstack run {recipe} -o OUT"
     result = pipeline.run(loaded, out, terminal.display(quiet or as_json), command)
-    _answer(result, as_json, lambda: terminal.print_run(result, quiet))
+    answer(result, as_json, lambda: terminal.print_run(result, quiet))
     if result["failures"]:
         raise typer.Exit(1)
 
@@ -145,7 +85,7 @@ def plan(
     result = commands.plan(
         model, choice, text, out, dry_run=dry_run, display=terminal.display(quiet or as_json)
     )
-    _answer(result, as_json, lambda: terminal.print_plan(result, quiet))
+    answer(result, as_json, lambda: terminal.print_plan(result, quiet))
 
 
 @app.command()
@@ -167,7 +107,7 @@ def prune(
     result = cut(
         model, drop, plan, out, dry_run=dry_run, display=terminal.display(quiet or as_json)
     )
-    _answer(result, as_json, lambda: terminal.print_facts(result, quiet))
+    answer(result, as_json, lambda: terminal.print_facts(result, quiet))
 
 
 @app.command()
@@ -200,7 +140,7 @@ def export(
         dry_run=dry_run,
         display=terminal.display(quiet or as_json),
     )
-    _answer(result, as_json, lambda: terminal.print_facts(result, quiet))
+    answer(result, as_json, lambda: terminal.print_facts(result, quiet))
 
 
 @app.command()
@@ -228,7 +168,7 @@ def bench(
         threads=threads,
     )
     result = commands.bench(artifacts, workload, text, out, terminal.display(quiet or as_json))
-    _answer(result, as_json, lambda: terminal.print_bench(result, quiet))
+    answer(result, as_json, lambda: terminal.print_bench(result, quiet))
     if result["failures"]:
         raise typer.Exit(1)
 
@@ -246,7 +186,7 @@ def report(
     from shortstack import commands, terminal
 
     result = commands.report(run_folder, out or run_folder)
-    _answer(result, as_json, lambda: terminal.print_facts(result, quiet=False))
+    answer(result, as_json, lambda: terminal.print_facts(result, quiet=False))
 
 
 @app.command()
@@ -258,7 +198,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
     findings = examine()
     data = {"findings": [finding.to_dict() for finding in findings], "healthy": healthy(findings)}
-    _answer(data, as_json, lambda: terminal.print_findings(findings))
+    answer(data, as_json, lambda: terminal.print_findings(findings))
     if not data["healthy"]:
         raise typer.Exit(2)
 
