@@ -19,6 +19,7 @@ from shortstack.prune.trim.schedule import Schedule, droppable
 from shortstack.prune.trim.settings import Settings, Target
 from shortstack.prune.trim.state import StateFolder, optimizer_tensors, restore
 from shortstack.prune.trim.tune import NotFiniteError, Tuner
+from shortstack.questions import Question
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,19 +66,21 @@ def trim(
     work: Path,
     *,
     identity: str = "",
-    others: dict[str, Sequence[Any]] | None = None,
+    others: dict[str, Sequence[Question]] | None = None,
+    resumable: bool = True,
     on_round: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Trimmed:
     """Trim a loaded transformers model in place; `work` holds the state and the snapshots.
 
     A run that was killed goes on from `work` if parts, settings, target and `identity` (of the
-    model) are the same. `others`: further questions (off-domain) scored with the test rows, once,
-    at the end. Raises ShortstackError for a target deeper than the model and for a loss that is
-    not finite; the last good state then stays in `work`.
+    model) are the same; with `resumable` false only the kept models are written there. `others`:
+    further questions (off-domain) scored with the test rows, once, at the end. Raises
+    ShortstackError for a target deeper than the model and for a loss that is not finite; the last
+    good state then stays in `work`.
     """
-    return _Loop(hf_model, encoder, parts, settings, target, work, identity, on_round).run(
-        others or {}
-    )
+    loop = _Loop(hf_model, encoder, parts, settings, target, work, identity, on_round)
+    loop.resumable = resumable
+    return loop.run(others or {})
 
 
 class _Loop:
@@ -98,11 +101,11 @@ class _Loop:
         limit = settings.max_prompt_tokens
         self.exam = Exam(encoder, parts.scan, limit, self.model.device)
         self.rows = [right_row(encoder, question, limit) for question in parts.tune]
-        keys = {name: [q.key for q in getattr(parts, name)] for name in ("tune", "scan")}
+        seen = {"tune": parts.tune, "scan": parts.scan}
         inputs = {
             "settings": dataclasses.asdict(settings),
             "target": dataclasses.asdict(target),
-            "rows": keys,
+            "rows": {name: [(q.key, q.answer) for q in rows] for name, rows in seen.items()},
             "model": identity,
             "device": self.model.device.type,
         }
@@ -112,10 +115,11 @@ class _Loop:
         self.kept: dict[int, Kept] = {}
         self.phase, self.round, self.tokens, self.seconds = 0, 0, 0, 0.0
         self.tuner: Tuner
+        self.resumable = True
         self.since = time.perf_counter()
 
-    def run(self, others: dict[str, Sequence[Any]]) -> Trimmed:
-        saved = self.state.read()
+    def run(self, others: dict[str, Sequence[Question]]) -> Trimmed:
+        saved = self.state.read() if self.resumable else None
         if saved is None:
             self._begin()
         else:
@@ -200,6 +204,8 @@ class _Loop:
 
     def _save(self) -> None:
         self.phase += 1
+        if not self.resumable:
+            return
         progress = {
             "phase": self.phase,
             "round": self.round,
@@ -226,7 +232,7 @@ class _Loop:
         self.tuner = Tuner(self.model, self.settings, tuple(map(parse_unit, saved["trained"])))
         restore(self.tuner, self.state.load(saved["tensors"]))
 
-    def _test(self, others: dict[str, Sequence[Any]]) -> dict[int, dict[str, Score]]:
+    def _test(self, others: dict[str, Sequence[Question]]) -> dict[int, dict[str, Score]]:
         """Score every kept model on the test rows, which nothing before this has seen."""
         sets = {"test": self.parts.test, **others}
         limit, device = self.settings.max_prompt_tokens, self.model.device
