@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,14 +132,24 @@ class _Loop:
         return Trimmed(len(self.model.all_units), kept, tuple(self.curve), tests, trained)
 
     def _begin(self) -> None:
-        units = self.model.all_units
-        if self.settings.ratio < 1:
+        trained: Sequence[Unit] = self.model.all_units
+        if self.settings.ratio < 1 and self.settings.first_scan == "untuned":
             first = scan(self.model, self.exam, droppable(self.model, self.settings))
-            trained: Sequence[Unit] = kept_first(first, units, self.settings)
-        else:
-            trained = units
+            trained = kept_first(first, trained, self.settings)
         self.tuner = Tuner(self.model, self.settings, trained)
         self._save()
+
+    @property
+    def _narrows(self) -> bool:
+        """Whether this round trains everything and its scan chooses what trains from now on."""
+        sparse = self.settings.ratio < 1 and self.settings.first_scan == "tuned"
+        return sparse and self.round == 0
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The parameters that may differ from the original's."""
+        if self.settings.ratio < 1 and self.settings.first_scan == "untuned":
+            return dict(self.tuner.parameters)
+        return dict(self.model.hf.named_parameters())
 
     def _done(self) -> bool:
         return bool(self.curve) and self.schedule.ends(self.round, self.curve)
@@ -156,10 +166,13 @@ class _Loop:
             ) from None
         self.tokens += took.n_tokens
         n_drop = self.schedule.drops(self.round, self.model)
-        free = droppable(self.model, self.settings) if n_drop else ()
+        free = droppable(self.model, self.settings) if n_drop or self._narrows else ()
         found = scan(self.model, self.exam, free)
         self._note(found, took.loss)
         self._keep(found.whole)
+        if self._narrows:
+            trained = kept_first(found, self.model.all_units, self.settings)
+            self.tuner = Tuner(self.model, self.settings, trained)
         if n_drop and not self.schedule.missed(self.curve):
             self._drop(found, free, n_drop)
         self.round += 1
@@ -197,7 +210,7 @@ class _Loop:
         if before is not None and before.accuracy > score.accuracy:
             return
         name = f"kept-{left:04d}-{self.round:04d}.safetensors"
-        self.state.save(name, self.tuner.parameters)
+        self.state.save(name, self._weights())
         self.kept[left] = Kept(
             left, tuple(sorted(self.model.gone)), score.accuracy, self.round, name
         )
@@ -219,7 +232,7 @@ class _Loop:
                 for kept in self.kept.values()
             ],
         }
-        self.state.write(progress, {**self.tuner.parameters, **optimizer_tensors(self.tuner)})
+        self.state.write(progress, {**self._weights(), **optimizer_tensors(self.tuner)})
 
     def _resume(self, saved: dict[str, Any]) -> None:
         self.phase, self.round = saved["phase"], saved["round"]
@@ -230,7 +243,9 @@ class _Loop:
             self.kept[kept["n_left"]] = Kept(**{**kept, "gone": gone})
         self.model.take_out(map(parse_unit, saved["gone"]))
         self.tuner = Tuner(self.model, self.settings, tuple(map(parse_unit, saved["trained"])))
-        restore(self.tuner, self.state.load(saved["tensors"]))
+        tensors = self.state.load(saved["tensors"])
+        self._put(tensors)
+        restore(self.tuner, tensors)
 
     def _test(self, others: dict[str, Sequence[Question]]) -> dict[int, dict[str, Score]]:
         """Score every kept model on the test rows, which nothing before this has seen."""
@@ -245,6 +260,13 @@ class _Loop:
 
     def _show(self, kept: Kept) -> None:
         """Make the model in memory the kept one."""
-        tensors: dict[str, Tensor] = self.state.load(kept.file)
         self.model.take_out(kept.gone)
-        restore(self.tuner, tensors)
+        self._put(self.state.load(kept.file))
+
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        import torch
+
+        with torch.no_grad():
+            for name, parameter in self.model.hf.named_parameters():
+                if name in tensors:
+                    parameter.copy_(tensors[name])
