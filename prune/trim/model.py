@@ -157,7 +157,7 @@ class TrimModel:
     def _prefix(self) -> str:
         """`model.layers.`, whatever the class calls its decoder."""
         first = self.layers[0]
-        name = next(name for name, module in self.hf.named_modules() if module is first)
+        name: str = next(name for name, module in self.hf.named_modules() if module is first)
         return name.removesuffix("0")
 
     @contextlib.contextmanager

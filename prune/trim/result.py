@@ -59,15 +59,15 @@ def write_kept(
     folder = Path(tempfile.mkdtemp(prefix=".cut-", dir=work))
     try:
         cut = apply_plan(checkpoint, plan, folder)
-        names = {name: _renamed(checkpoint, plan, name) for name in tuned}
-        changed = {new: tuned[old] for old, new in names.items() if new in cut.tensors}
+        renamed = ((_renamed(checkpoint, plan, name), tensor) for name, tensor in tuned.items())
+        changed = {name: tensor for name, tensor in renamed if name in cut.tensors}
         return rewrite(cut, changed, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _renamed(checkpoint: Checkpoint, plan: PrunePlan, name: str) -> str | None:
-    """The name of a tensor after the cut; None for one that is cut away."""
+def _renamed(checkpoint: Checkpoint, plan: PrunePlan, name: str) -> str:
+    """The name of a tensor after the cut; empty for one that is cut away."""
     family = checkpoint.family
     layer = family.layer_of(name)
     if layer is None:
@@ -75,5 +75,5 @@ def _renamed(checkpoint: Checkpoint, plan: PrunePlan, name: str) -> str | None:
     rest = name.removeprefix(family.layer_prefix.format(i=layer))
     parts = ((plan.attention, "self_attn."), (plan.mlp, "mlp."))
     if layer in plan.drop or any(layer in p and rest.startswith(start) for p, start in parts):
-        return None
+        return ""
     return family.layer_prefix.format(i=plan.keep.index(layer)) + rest

@@ -15,13 +15,14 @@ from shortstack.errors import ShortstackError, require
 from shortstack.manifest import (
     check_apart,
     check_ours,
+    finished,
     staged,
     step_key,
     write_manifest,
     write_text,
 )
 from shortstack.progress import Display
-from shortstack.questions import Question, open_questions
+from shortstack.questions import Question, open_questions, refuse_leaks
 
 if TYPE_CHECKING:
     from shortstack.prune.trim.loop import Trimmed
@@ -59,22 +60,51 @@ def trim(
     chosen, wanted = Settings(**settings), Target(**target)
     parts = _parts(files, chosen.seed)
     others = {file.name: open_questions(file) for file in off_domain}
+    for name, rows in others.items():
+        refuse_leaks({"tune": parts.tune, "scan": parts.scan, name: rows})
     with opened(model, out, display) as checkpoint:
         check_apart(out, [checkpoint.path])
         check_trimmable(checkpoint)
-        work = out.absolute().parent / f".{out.name}.trim"
-        trimmed = _run(checkpoint, parts, others, chosen, wanted, work, device, display)
-        facts = _facts(trimmed, parts, chosen)
-        with display.step("Write the models") as progress, staged(out, "trim") as partial:
-            for done, kept in enumerate(reversed(trimmed.kept)):
-                _write(checkpoint, trimmed, kept.n_left, work, partial)
-                progress(done + 1, len(trimmed.kept))
-            write_text(partial / CURVE, json.dumps(facts, indent=1) + "\n")
-            key = step_key("trim", {"settings": settings, "target": target})
-            write_manifest(partial, "trim", key, {"left": facts["left"]})
-    shutil.rmtree(work, ignore_errors=True)
+        questions = {**vars(parts), **others}
+        inputs = {
+            **{"settings": settings, "target": target, "model": checkpoint.sha256},
+            "rows": {name: [(q.key, q.answer) for q in rows] for name, rows in questions.items()},
+        }
+        key = step_key("trim", inputs)
+        if finished(out, key):
+            display.note("Trim: unchanged, kept")
+        else:
+            work = out.absolute().parent / f".{out.name}.trim"
+            trimmed = _run(checkpoint, parts, others, chosen, wanted, work, device, display)
+            _write_all(checkpoint, trimmed, work, out, key, _facts(trimmed, parts, chosen), display)
+            shutil.rmtree(work, ignore_errors=True)
+    facts = json.loads((out / CURVE).read_text(encoding="utf-8"))
     shown = {name: facts[name] for name in ("left", "plan", "accuracy", "tests", "tokens")}
     return {"folder": str(out), **shown, "seconds": facts["curve"][-1]["seconds"]}
+
+
+def _write_all(
+    checkpoint: Checkpoint,
+    trimmed: Trimmed,
+    work: Path,
+    out: Path,
+    key: str,
+    facts: Mapping[str, Any],
+    display: Display,
+) -> None:
+    """The deepest model becomes `out` itself, the others lie in `snapshots`."""
+    from shortstack.prune.trim.result import write_kept
+
+    with display.step("Write the models") as progress, staged(out, "trim") as partial:
+        for done, kept in enumerate(reversed(trimmed.kept), 1):
+            folder = partial
+            if kept != trimmed.last:
+                folder = partial / SNAPSHOTS / f"{kept.n_left}-of-{trimmed.n_units}"
+                folder.mkdir(parents=True)
+            write_kept(checkpoint, kept, work, {"scan_accuracy": kept.accuracy}, folder)
+            progress(done, len(trimmed.kept))
+        write_text(partial / CURVE, json.dumps(facts, indent=1) + "\n")
+        write_manifest(partial, "trim", key, {"left": facts["left"]})
 
 
 def _parts(files: Mapping[str, Path | None], seed: int) -> Parts:
@@ -146,17 +176,3 @@ def _facts(trimmed: Trimmed, parts: Parts, settings: Settings) -> dict[str, Any]
         "trained": [str(unit) for unit in trimmed.trained],
         "curve": list(trimmed.curve),
     }
-
-
-def _write(
-    checkpoint: Checkpoint, trimmed: Trimmed, n_left: int, work: Path, out: Path
-) -> Checkpoint:
-    """One kept model: the deepest becomes `out` itself, the others lie in `snapshots`."""
-    from shortstack.prune.trim.result import write_kept
-
-    kept = next(kept for kept in trimmed.kept if kept.n_left == n_left)
-    folder = out
-    if kept != trimmed.last:
-        folder = out / SNAPSHOTS / f"{n_left}-of-{trimmed.n_units}"
-        folder.mkdir(parents=True)
-    return write_kept(checkpoint, kept, work, {"scan_accuracy": kept.accuracy}, folder)

@@ -233,24 +233,31 @@ def test_out_of_memory_halves_the_batch_once(opened: tuple[Any, Encoder]) -> Non
 
 
 CHILD = """
-import sys, os, signal
+import os, signal, sys
+from dataclasses import replace
 from pathlib import Path
 import torch
-torch.set_num_threads(1)
-from dataclasses import replace
 from tests.prune.test_trim import QUICK, run
-at = int(sys.argv[3])
-def on_round(row):
-    if row["round"] == at:
+torch.set_num_threads(1)
+folder, work, at, first_scan = sys.argv[1:]
+calls = 0
+def count(module, *_):
+    global calls
+    calls += isinstance(module, torch.nn.Embedding)
+    if calls == int(at):
         os.kill(os.getpid(), signal.SIGKILL)
-run(Path(sys.argv[1]), Path(sys.argv[2]), replace(QUICK, first_scan=sys.argv[4]), on_round=on_round)
+torch.nn.modules.module.register_module_forward_pre_hook(count)
+run(Path(folder), Path(work), replace(QUICK, first_scan=first_scan))
 """
 
 
-@pytest.mark.parametrize(("at", "first_scan"), [(0, "tuned"), (1, "tuned"), (0, "untuned")])
+@pytest.mark.parametrize(
+    ("at", "round_number", "first_scan"), [(4, 0, "tuned"), (16, 1, "untuned")]
+)
 def test_a_killed_run_goes_on_to_the_same_result(
-    tiny: Path, tmp_path: Path, at: int, first_scan: str
+    tiny: Path, tmp_path: Path, at: int, round_number: int, first_scan: str
 ) -> None:
+    """Killed inside a round, at the `at`-th batch that enters the model."""
     torch.set_num_threads(1)
     work = tmp_path / "killed"
     root = Path(__file__).parents[2]
@@ -260,11 +267,11 @@ def test_a_killed_run_goes_on_to_the_same_result(
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)])},
     )
     assert died.returncode == -signal.SIGKILL
-    assert json.loads((work / "state.json").read_text())["round"] == at + 1
+    assert json.loads((work / "state.json").read_text())["round"] == round_number
     rows: list[dict[str, Any]] = []
     settings = dataclasses.replace(QUICK, first_scan=first_scan)
     went_on = run(tiny, work, settings, on_round=rows.append)
-    assert rows[0]["round"] == at + 1
+    assert rows[0]["round"] == round_number
     whole = run(tiny, tmp_path / "whole", settings)
     assert _comparable(went_on) == _comparable(whole)
     from safetensors.torch import load_file
