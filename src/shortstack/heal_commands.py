@@ -1,0 +1,123 @@
+"""`shortstack heal`: train a cut model on text towards the model it was cut from."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shortstack.checkpoint import Checkpoint
+from shortstack.errors import ShortstackError, require
+from shortstack.manifest import check_apart, check_ours, finished, staged, step_key, write_manifest
+from shortstack.progress import Display
+from shortstack.prune.heal.data import Documents, mix, packed_windows, read_documents
+from shortstack.prune.heal.settings import HealSettings
+from shortstack.tokens import Encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class HealText:
+    """Where the text comes from; `share` is that of general text among training windows."""
+
+    own: tuple[str, ...]
+    general: tuple[str, ...] = ()
+    share: float = 0.5
+    selection_windows: int = 32
+
+
+def heal_model(
+    student: str,
+    teacher: str | None,
+    text: HealText,
+    out: Path,
+    settings: HealSettings,
+    *,
+    display: Display,
+) -> dict[str, Any]:
+    """Heal the folder `student`; `out` becomes a Hugging Face folder like it.
+
+    Under `accelerate launch` every process comes here; the first one writes and speaks.
+    """
+    require(("torch", "transformers", "accelerate"), "heal", "healing")
+    from shortstack.prune.heal.train import heal
+
+    check_ours(out, "heal")
+    main = int(os.environ.get("RANK", "0")) == 0
+    cut = _folder(student)
+    original = None if teacher is None else _folder(teacher)
+    check_apart(out, [cut.path, *([original.path] if original else [])])
+    train, selection = windows_for(cut, text, settings)
+    inputs = {
+        "student": cut.sha256,
+        "teacher": original.sha256 if original else None,
+        "text": [train, selection],
+        "settings": dataclasses.asdict(settings),
+    }
+    key = step_key("heal", inputs)
+    kept = finished(out, key)
+    if kept is None:
+        with display.step("Heal") as progress:
+            if main:
+                with staged(out, "heal") as partial:
+                    healed, facts = heal(
+                        cut,
+                        original,
+                        train,
+                        selection,
+                        partial,
+                        settings,
+                        progress=progress,
+                        note=display.note,
+                    )
+                    facts = {**facts, "source_sha256": cut.sha256, "sha256": healed.sha256}
+                    kept = write_manifest(partial, "heal", key, {"heal": facts})
+            else:
+                partial = out.resolve().with_name(f".{out.name}.partial")
+                _, facts = heal(cut, original, train, selection, partial, settings)
+                return {"checkpoint": str(out), **facts}
+    return {"checkpoint": str(out), **kept["heal"]}
+
+
+def windows_for(
+    checkpoint: Checkpoint, text: HealText, settings: HealSettings
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Training and selection windows. Raises ShortstackError where the text is too short."""
+    encoder = Encoder(checkpoint)
+    inner = settings.window_tokens - len(encoder.prefix)
+    wanted = settings.steps * settings.batch_windows
+    own, general = read_documents(text.own), None
+    if text.general:
+        general = read_documents(text.general)
+        _check_disjoint(own, general)
+
+    def cut(documents: Sequence[str], what: str) -> list[list[int]]:
+        windows = packed_windows(documents, encoder.encode, inner)
+        if not windows:
+            raise ShortstackError(
+                f"the {what} text holds no {settings.window_tokens} tokens. Give more text or ask "
+                "for shorter windows."
+            )
+        return [[*encoder.prefix, *window] for window in windows]
+
+    train, selection = cut(own.train, "training"), cut(own.selection, "selection")
+    if general is None:
+        return train[:wanted], selection[: text.selection_windows]
+    train = mix(train, cut(general.train, "general training"), text.share, wanted)
+    other = cut(general.selection, "general selection")
+    half = max(1, text.selection_windows // 2)
+    return train, [*selection[:half], *other[:half]]
+
+
+def _check_disjoint(own: Documents, general: Documents) -> None:
+    shared = (set(own.train) & set(general.selection)) | (set(general.train) & set(own.selection))
+    if shared:
+        raise ShortstackError(
+            f"your text and the general text share {len(shared)} documents between training and "
+            "selection. Remove them from one file."
+        )
+
+
+def _folder(model: str) -> Checkpoint:
+    return Checkpoint.open(Path(model))
