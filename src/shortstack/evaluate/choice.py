@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 from shortstack.errors import ShortstackError
 from shortstack.evaluate import metrics
 from shortstack.evaluate.codec import Codec, encode_pair
 from shortstack.evaluate.scorer import Scorer
+from shortstack.evaluate.sets import Row, SetSpec
+from shortstack.evaluate.subsets import subset
 from shortstack.progress import OnProgress, silent
-from shortstack.questions import Question
+from shortstack.questions import Question, open_questions
 
-T = TypeVar("T")
+METRICS = ("accuracy", "accuracy_by_length", "macro_f1")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class ChoiceRow:
     nats: tuple[float, ...]
     n_tokens: tuple[int, ...]
     n_chars: tuple[int, ...]
+    labels: tuple[int, ...] | None = None
+    """Where all questions of a set have the same choices: which of the sorted ones each is."""
 
     @property
     def chosen(self) -> int:
@@ -56,6 +60,7 @@ class ChoiceRow:
             "nats": list(self.nats),
             "n_tokens": list(self.n_tokens),
             "n_chars": list(self.n_chars),
+            "labels": None if self.labels is None else list(self.labels),
         }
 
     @classmethod
@@ -66,15 +71,8 @@ class ChoiceRow:
             tuple(data["nats"]),
             tuple(data["n_tokens"]),
             tuple(data["n_chars"]),
+            None if data["labels"] is None else tuple(data["labels"]),
         )
-
-
-def subset(rows: Sequence[T], limit: int | None, seed: int) -> tuple[T, ...]:
-    """`limit` rows drawn with a seed, in the order of the file; all where there are no more."""
-    if limit is None or limit >= len(rows):
-        return tuple(rows)
-    kept = sorted(random.Random(seed).sample(range(len(rows)), limit))
-    return tuple(rows[index] for index in kept)
 
 
 def score_choices(
@@ -89,6 +87,7 @@ def score_choices(
             pairs.append(_fitting(scorer, codec, question, context, continuation))
         owners.append(len(question.choices))
     scored = scorer.log_likelihoods(pairs, progress)
+    labels = _labels(questions)
     rows, start = [], 0
     for question, count in zip(questions, owners, strict=True):
         part = scored[start : start + count]
@@ -100,6 +99,7 @@ def score_choices(
                 tuple(one.sum_nats for one in part),
                 tuple(one.n_tokens for one in part),
                 tuple(len(choice.strip()) for choice in question.choices),
+                _label_ids(labels, question),
             )
         )
     return rows
@@ -115,3 +115,73 @@ def _fitting(
             f"reads ({scorer.max_tokens}). Remove the row."
         )
     return pair
+
+
+def _labels(questions: Sequence[Question]) -> dict[str, int] | None:
+    """The classes, if the questions have the same choices: positive, negative, neutral."""
+    sets = {frozenset(question.choices) for question in questions}
+    if len(sets) > 1 or len(questions) < 2:
+        return None
+    return {choice: index for index, choice in enumerate(sorted(next(iter(sets))))}
+
+
+def _label_ids(labels: dict[str, int] | None, question: Question) -> tuple[int, ...] | None:
+    return None if labels is None else tuple(labels[choice] for choice in question.choices)
+
+
+def check(path: Path) -> None:
+    """Raises ShortstackError for a file whose rows are no questions."""
+    open_questions(path)
+
+
+def score(
+    scorer: Scorer, codec: Codec, spec: SetSpec, seed: int, progress: OnProgress
+) -> list[Row]:
+    questions = subset(open_questions(spec.path), spec.limit, seed)
+    return [row.to_dict() for row in score_choices(scorer, codec, questions, progress)]
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """Accuracy both ways with Wilson's interval, chance, majority; macro-F1 where there are
+    classes (bootstrap over rows)."""
+    scored = [ChoiceRow.from_dict(row) for row in rows]
+    n = len(scored)
+    classes = [_classes(row) for row in scored]
+    answers = [answer for answer, _ in classes]
+    found = {
+        "n": n,
+        "accuracy": metrics.wilson(sum(row.right for row in scored), n).to_dict(),
+        "accuracy_by_length": metrics.wilson(sum(r.right_by_length for r in scored), n).to_dict(),
+        "chance": metrics.chance([len(row.nats) for row in scored]),
+        "majority": metrics.majority(answers),
+    }
+    if scored[0].labels is not None:
+        said = [prediction for _, prediction in classes]
+        found["macro_f1"] = metrics.macro_f1_interval(answers, said).to_dict()
+    return found
+
+
+def _classes(row: ChoiceRow) -> tuple[int, int]:
+    """(right class, chosen class); without classes the positions."""
+    if row.labels is None:
+        return row.answer, row.chosen
+    return row.labels[row.answer], row.labels[row.chosen]
+
+
+def compare(original: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]:
+    """Accuracy lost or won on the same rows, and the stability of LLM-Streamline."""
+    first = [ChoiceRow.from_dict(row) for row in original]
+    second = [ChoiceRow.from_dict(row) for row in rows]
+    right = [row.right for row in first], [row.right for row in second]
+    nats = [row.nats_per_token for row in first]
+    weights, by_exp = metrics.stability_weights(nats), metrics.stability_weights(nats, exp=True)
+    return {
+        "difference": metrics.paired_difference(*right).to_dict(),
+        "stability": metrics.stability(weights, *right),
+        "stability_n": metrics.effective_n(weights),
+        "stability_exp": metrics.stability(by_exp, *right),
+        "stability_exp_n": metrics.effective_n(by_exp),
+        "same_answer": float(
+            sum(a.chosen == b.chosen for a, b in zip(first, second, strict=True)) / len(first)
+        ),
+    }

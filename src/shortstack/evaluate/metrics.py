@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ class Interval:
     estimate: float
     low: float
     high: float
+
+    def to_dict(self) -> dict[str, float]:
+        return dataclasses.asdict(self)
 
 
 def chosen(nats: Sequence[float]) -> int:
@@ -64,7 +68,9 @@ def majority(answers: Sequence[int]) -> float:
     return float(np.bincount(np.asarray(answers)).max() / len(answers))
 
 
-def macro_f1(answers: Sequence[int], predictions: Sequence[int]) -> float:
+def macro_f1(
+    answers: Sequence[int] | NDArray[np.int64], predictions: Sequence[int] | NDArray[np.int64]
+) -> float:
     """Mean over classes of F1 = 2 tp / (2 tp + fp + fn); a class is one that either side names."""
     right, said = np.asarray(answers), np.asarray(predictions)
     scores = []
@@ -86,26 +92,66 @@ def bootstrap(
     return Interval(statistic(np.arange(n)), float(low), float(high))
 
 
-def perplexity(nats: Sequence[float], n_tokens: Sequence[int], *, seed: int = 0) -> Interval:
-    """exp(Σ nats / Σ tokens) over windows, with a bootstrap interval over windows."""
-    sums, counts = np.asarray(nats, np.float64), np.asarray(n_tokens, np.float64)
+def macro_f1_interval(
+    answers: Sequence[int], predictions: Sequence[int], *, seed: int = 0
+) -> Interval:
+    """Macro-F1 with a bootstrap interval over rows."""
+    right, said = np.asarray(answers), np.asarray(predictions)
 
     def of(rows: NDArray[np.int64]) -> float:
-        mean = float(sums[rows].sum() / counts[rows].sum())
-        return math.exp(mean) if mean < 700 else math.inf
+        return macro_f1(right[rows], said[rows])
+
+    return bootstrap(of, len(right), seed=seed)
+
+
+def ratio_of_sums(values: Sequence[float], counts: Sequence[int], *, seed: int = 0) -> Interval:
+    """Σ values / Σ counts over windows, with a bootstrap interval over windows."""
+    sums, sizes = np.asarray(values, np.float64), np.asarray(counts, np.float64)
+
+    def of(rows: NDArray[np.int64]) -> float:
+        return float(sums[rows].sum() / sizes[rows].sum())
 
     return bootstrap(of, len(sums), seed=seed)
 
 
-def stability_weights(option_nats: Sequence[Sequence[float]]) -> Floats:
+def kl_divergence(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> Floats:
+    """KL(p‖q) = Σ p (log p - log q) at each position, in nats; p is the reference.
+
+    Both are natural logarithms of distributions, shape (positions, vocabulary).
+    """
+    terms = np.exp(reference) * (reference - candidate)
+    return np.asarray(terms.sum(axis=-1, dtype=np.float64))
+
+
+def perplexity(nats: Sequence[float], n_tokens: Sequence[int], *, seed: int = 0) -> Interval:
+    """exp(Σ nats / Σ tokens) over windows, with a bootstrap interval over windows."""
+    found = ratio_of_sums(nats, n_tokens, seed=seed)
+    # exp grows with its argument: quantiles stay quantiles
+    return Interval(*(_exp(value) for value in (found.estimate, found.low, found.high)))
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def stability_weights(option_nats: Sequence[Sequence[float]], *, exp: bool = False) -> Floats:
     """w = softmax over questions of the standard deviation over options of the original's PPL.
 
     LLM-Streamline (arXiv:2403.19135), the weights of its stability metric: a question counts
     where the original model tells the options apart. `option_nats` are nats a token of each
-    option, one row a question; PPL = exp(nats a token). Returns shape (questions,), sum 1.
+    option, one row a question. What OpenCompass, on whose results the paper computes it, calls
+    PPL is this mean of nats; `exp` takes the perplexity of the word instead, exp(nats a token),
+    of which few questions take all the weight. Returns shape (questions,), sum 1.
     """
-    spread = [float(np.std(np.exp(np.asarray(nats, np.float64)))) for nats in option_nats]
-    return softmax(np.asarray(spread))
+    rows = [np.asarray(nats, np.float64) for nats in option_nats]
+    if exp:
+        rows = [np.exp(np.minimum(row, 300)) for row in rows]  # beyond it a square overflows
+    return softmax(np.array([row.std() for row in rows]))
+
+
+def effective_n(weights: Floats) -> float:
+    """How many rows weights stand for: 1 / Σ w² (Kish 1965)."""
+    return float(1 / np.square(weights).sum())
 
 
 def softmax(values: Floats) -> Floats:
@@ -129,6 +175,9 @@ class Difference:
     only_first: int
     only_second: int
     p_value: float
+
+    def to_dict(self) -> dict[str, float]:
+        return dataclasses.asdict(self)
 
 
 def paired_difference(
