@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from shortstack import __version__, cli_heal
+from shortstack import __version__, cli_eval
 from shortstack.cli_shared import (
     DryRun,
     JsonOption,
@@ -204,6 +205,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
 
 app.command()(cli_heal.heal)
+app.command("eval")(cli_eval.evaluate)
 
 
 def _version(wanted: bool) -> None:
