@@ -1,0 +1,244 @@
+"""The loop: tune, scan, drop, again, until the target (TrimLLM, arXiv:2412.11242, algorithm 1)."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shortstack.errors import ShortstackError
+from shortstack.manifest import step_key
+from shortstack.prune.trim.choose import choose, kept_first
+from shortstack.prune.trim.model import TrimModel, Unit, parse_unit
+from shortstack.prune.trim.rows import Parts, right_row
+from shortstack.prune.trim.scan import Exam, Scan, Score, evaluate, scan
+from shortstack.prune.trim.schedule import Schedule, droppable
+from shortstack.prune.trim.settings import Settings, Target
+from shortstack.prune.trim.state import StateFolder, optimizer_tensors, restore
+from shortstack.prune.trim.tune import NotFiniteError, Tuner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shortstack.tokens import Encoder
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A model worth keeping: what is gone, and the tensors that differ from the original."""
+
+    n_left: int
+    gone: tuple[Unit, ...]
+    accuracy: float
+    round: int
+    file: str
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """What a trim gave: the last model, the snapshots on the way, a curve with one row a round.
+
+    Rows hold `left`, `share`, `gone`, `tokens`, `seconds`, `loss`, and the scan rows' `accuracy`,
+    `nats`, `macro_f1`; `tests` has the test rows' scores of every kept depth.
+    """
+
+    n_units: int
+    kept: tuple[Kept, ...]
+    curve: tuple[dict[str, Any], ...]
+    tests: dict[int, dict[str, Score]]
+    trained: tuple[Unit, ...]
+
+    @property
+    def last(self) -> Kept:
+        return self.kept[-1]
+
+
+def trim(
+    hf_model: Any,
+    encoder: Encoder,
+    parts: Parts,
+    settings: Settings,
+    target: Target,
+    work: Path,
+    *,
+    identity: str = "",
+    others: dict[str, Sequence[Any]] | None = None,
+    on_round: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> Trimmed:
+    """Trim a loaded transformers model in place; `work` holds the state and the snapshots.
+
+    A run that was killed goes on from `work` if parts, settings, target and `identity` (of the
+    model) are the same. `others`: further questions (off-domain) scored with the test rows, once,
+    at the end. Raises ShortstackError for a target deeper than the model and for a loss that is
+    not finite; the last good state then stays in `work`.
+    """
+    return _Loop(hf_model, encoder, parts, settings, target, work, identity, on_round).run(
+        others or {}
+    )
+
+
+class _Loop:
+    def __init__(
+        self,
+        hf_model: Any,
+        encoder: Encoder,
+        parts: Parts,
+        settings: Settings,
+        target: Target,
+        work: Path,
+        identity: str,
+        on_round: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.model = TrimModel(hf_model, settings.unit)
+        self.settings, self.parts, self.encoder = settings, parts, encoder
+        self.schedule = Schedule.make(self.model, settings, target)
+        limit = settings.max_prompt_tokens
+        self.exam = Exam(encoder, parts.scan, limit, self.model.device)
+        self.rows = [right_row(encoder, question, limit) for question in parts.tune]
+        keys = {name: [q.key for q in getattr(parts, name)] for name in ("tune", "scan")}
+        inputs = {
+            "settings": dataclasses.asdict(settings),
+            "target": dataclasses.asdict(target),
+            "rows": keys,
+            "model": identity,
+            "device": self.model.device.type,
+        }
+        self.state = StateFolder(work, step_key("trim", inputs))
+        self.on_round = on_round
+        self.curve: list[dict[str, Any]] = []
+        self.kept: dict[int, Kept] = {}
+        self.phase, self.round, self.tokens, self.seconds = 0, 0, 0, 0.0
+        self.tuner: Tuner
+        self.since = time.perf_counter()
+
+    def run(self, others: dict[str, Sequence[Any]]) -> Trimmed:
+        saved = self.state.read()
+        if saved is None:
+            self._begin()
+        else:
+            self._resume(saved)
+        while not self._done():
+            self._one_round()
+        tests = self._test(others)
+        kept = tuple(self.kept[left] for left in sorted(self.kept, reverse=True))
+        trained = tuple(sorted(self.tuner.trained))
+        return Trimmed(len(self.model.all_units), kept, tuple(self.curve), tests, trained)
+
+    def _begin(self) -> None:
+        units = self.model.all_units
+        if self.settings.ratio < 1:
+            first = scan(self.model, self.exam, droppable(self.model, self.settings))
+            trained: Sequence[Unit] = kept_first(first, units, self.settings)
+        else:
+            trained = units
+        self.tuner = Tuner(self.model, self.settings, trained)
+        self._save()
+
+    def _done(self) -> bool:
+        return bool(self.curve) and self.schedule.ends(self.round, self.curve)
+
+    def _one_round(self) -> None:
+        """Tune; then score or scan; then drop. Saved as a whole: a kill repeats one round."""
+        try:
+            took = self.tuner.round(self.rows, self.round, lambda: None)
+        except NotFiniteError as error:
+            raise ShortstackError(
+                f"{error} The last good state, {len(self.model.units)} of "
+                f"{len(self.model.all_units)} units left, is in {self.state.path}. "
+                "Run again with a lower rate."
+            ) from None
+        self.tokens += took.n_tokens
+        n_drop = self.schedule.drops(self.round, self.model)
+        free = droppable(self.model, self.settings) if n_drop else ()
+        found = scan(self.model, self.exam, free)
+        self._note(found, took.loss)
+        self._keep(found.whole)
+        if n_drop and not self.schedule.missed(self.curve):
+            self._drop(found, free, n_drop)
+        self.round += 1
+        self._save()
+        self.on_round(self.curve[-1])
+
+    def _drop(self, found: Scan, free: Sequence[Unit], n_drop: int) -> None:
+        dropped = choose(found, free, n_drop, self.settings.score)
+        self.curve[-1]["dropped"] = [str(unit) for unit in dropped]
+        self.model.take_out({*self.model.gone, *dropped})
+
+    def _note(self, found: Scan, loss: float) -> None:
+        now = time.perf_counter()
+        self.seconds, self.since = self.seconds + now - self.since, now
+        left = len(self.model.units)
+        self.curve.append(
+            {
+                "round": self.round,
+                "left": left,
+                "share": round(left / len(self.model.all_units), 4),
+                "loss": loss,
+                **dataclasses.asdict(found.whole),
+                "tokens": self.tokens,
+                "seconds": round(self.seconds, 2),
+                "dropped": [],
+            }
+        )
+
+    def _keep(self, score: Score) -> None:
+        """Keep the model at a wanted depth; where several rounds share a depth, the best."""
+        left = len(self.model.units)
+        before = self.kept.get(left)
+        if not self.schedule.keeps(left, self.curve):
+            return
+        if before is not None and before.accuracy > score.accuracy:
+            return
+        name = f"kept-{left:04d}-{self.round:04d}.safetensors"
+        self.state.save(name, self.tuner.parameters)
+        self.kept[left] = Kept(
+            left, tuple(sorted(self.model.gone)), score.accuracy, self.round, name
+        )
+
+    def _save(self) -> None:
+        self.phase += 1
+        progress = {
+            "phase": self.phase,
+            "round": self.round,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "curve": self.curve,
+            "gone": [str(unit) for unit in sorted(self.model.gone)],
+            "trained": [str(unit) for unit in sorted(self.tuner.trained)],
+            "kept": [
+                {**dataclasses.asdict(kept), "gone": [str(unit) for unit in kept.gone]}
+                for kept in self.kept.values()
+            ],
+        }
+        self.state.write(progress, {**self.tuner.parameters, **optimizer_tensors(self.tuner)})
+
+    def _resume(self, saved: dict[str, Any]) -> None:
+        self.phase, self.round = saved["phase"], saved["round"]
+        self.tokens, self.seconds = saved["tokens"], saved["seconds"]
+        self.curve = saved["curve"]
+        for kept in saved["kept"]:
+            gone = tuple(map(parse_unit, kept["gone"]))
+            self.kept[kept["n_left"]] = Kept(**{**kept, "gone": gone})
+        self.model.take_out(map(parse_unit, saved["gone"]))
+        self.tuner = Tuner(self.model, self.settings, tuple(map(parse_unit, saved["trained"])))
+        restore(self.tuner, self.state.load(saved["tensors"]))
+
+    def _test(self, others: dict[str, Sequence[Any]]) -> dict[int, dict[str, Score]]:
+        """Score every kept model on the test rows, which nothing before this has seen."""
+        sets = {"test": self.parts.test, **others}
+        limit, device = self.settings.max_prompt_tokens, self.model.device
+        exams = {n: Exam(self.encoder, rows, limit, device) for n, rows in sets.items() if rows}
+        scores: dict[int, dict[str, Score]] = {}
+        for left in sorted(self.kept, reverse=True):
+            self._show(self.kept[left])
+            scores[left] = {name: evaluate(self.model, exam) for name, exam in exams.items()}
+        return scores
+
+    def _show(self, kept: Kept) -> None:
+        """Make the model in memory the kept one."""
+        tensors: dict[str, Tensor] = self.state.load(kept.file)
+        self.model.take_out(kept.gone)
+        restore(self.tuner, tensors)

@@ -1,0 +1,209 @@
+"""Accuracy after taking out each unit, all candidates in one climb."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from shortstack.prune.trim.rows import Row, encode
+from shortstack.questions import Question
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shortstack.prune.trim.model import TrimModel, Unit
+    from shortstack.tokens import Encoder
+
+TOKENS = {"cuda": (16384, 131072, 4096), "cpu": (1024, 2048, 256)}
+"""Ids in a batch of rows, in one call of a layer, and positions in one call of the head."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one set of questions: accuracy, mean probability lost on the right choice (nats, the
+    choices' probabilities renormalised), and macro-F1 where all questions have the same choices."""
+
+    accuracy: float
+    nats: float
+    macro_f1: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Scan:
+    """`whole` of the model as it is, `without` each candidate, `norm` of each unit's result."""
+
+    whole: Score
+    without: dict[Unit, Score]
+    norm: dict[Unit, float]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded ids (rows, length); what is read at (row, position): a target of a choice."""
+
+    tokens: Tensor
+    real: Tensor
+    row: Tensor
+    position: Tensor
+    target: Tensor
+    choice: Tensor
+
+
+class Exam:
+    """Questions ready to be scored: equal inputs once, sorted by length, in batches.
+
+    A row whose inputs begin another's is read off that one: one-token choices cost one pass.
+    """
+
+    def __init__(
+        self, encoder: Encoder, questions: Sequence[Question], max_prompt_tokens: int, device: Any
+    ) -> None:
+        self.questions = tuple(questions)
+        rows = [encode(encoder, question, max_prompt_tokens) for question in questions]
+        self.n_choices = [len(choices) for choices in rows]
+        flat = [row for choices in rows for row in choices]
+        self.batches = [_batch(part, device) for part in _packed(flat, TOKENS[device.type][0])]
+        self.n_tokens = sum(int(batch.real.sum()) for batch in self.batches)
+
+    def score(self, log_likelihoods: Tensor) -> Score:
+        """From one number a choice, in order of the questions."""
+        import torch
+
+        table = torch.nn.utils.rnn.pad_sequence(
+            list(log_likelihoods.cpu().split(self.n_choices)),
+            batch_first=True,
+            padding_value=-torch.inf,
+        )
+        answers = torch.tensor([question.answer for question in self.questions])
+        chosen = table.argmax(1)
+        nats = (table.logsumexp(1) - table.gather(1, answers[:, None])[:, 0]).mean()
+        return Score(
+            accuracy=(chosen == answers).double().mean().item(),
+            nats=float(nats),
+            macro_f1=self._macro_f1(chosen.tolist()),
+            n=len(answers),
+        )
+
+    def _macro_f1(self, chosen: list[int]) -> float | None:
+        labels = set(self.questions[0].choices)
+        if any(set(question.choices) != labels for question in self.questions):
+            return None
+        pairs = [
+            (q.choices[i], q.choices[q.answer]) for q, i in zip(self.questions, chosen, strict=True)
+        ]
+        return macro_f1(pairs)
+
+
+def macro_f1(pairs: Sequence[tuple[str, str]]) -> float:
+    """Mean over the labels that occur of 2 TP / (2 TP + FP + FN); pairs are (chosen, right)."""
+    scores = []
+    for label in {right for _, right in pairs}:
+        both = sum(chosen == right == label for chosen, right in pairs)
+        either = sum((chosen == label) + (right == label) for chosen, right in pairs)
+        scores.append(2 * both / either)
+    return sum(scores) / len(scores)
+
+
+def evaluate(model: TrimModel, exam: Exam) -> Score:
+    return scan(model, exam, ()).whole
+
+
+def scan(model: TrimModel, exam: Exam, candidates: Sequence[Unit]) -> Scan:
+    """Score the model and, for each candidate, the model without it.
+
+    Below a unit that is left out nothing changes: variant i joins the climb at unit i with the
+    whole model's states, and from there all climb together as one large batch.
+    """
+    import torch
+
+    wanted = [unit for unit in model.units if unit in set(candidates)]
+    n_flat = sum(exam.n_choices)
+    sums = torch.zeros(1 + len(wanted), n_flat, dtype=torch.float64, device=model.device)
+    squares = torch.zeros(len(model.units), dtype=torch.float64, device=model.device)
+    with torch.inference_mode(), model.autocast():
+        for batch in exam.batches:
+            _climb(model, batch, wanted, sums, squares)
+    scores = [exam.score(row) for row in sums.cpu()]
+    norms = squares.sqrt().tolist()
+    return Scan(
+        scores[0],
+        dict(zip(wanted, scores[1:], strict=True)),
+        dict(zip(model.units, norms, strict=True)),
+    )
+
+
+def _climb(
+    model: TrimModel, batch: Batch, wanted: Sequence[Unit], sums: Tensor, squares: Tensor
+) -> None:
+    import torch
+
+    whole = model.embed(batch.tokens)
+    variants = torch.empty(len(wanted), *whole.shape, dtype=whole.dtype, device=whole.device)
+    joined = 0
+    step = max(1, TOKENS[whole.device.type][1] // batch.tokens.numel())
+    for number, unit in enumerate(model.units):
+        below = whole
+        whole = model.call(unit, whole)
+        squares[number] += ((whole - below)[batch.real].float() ** 2).sum()
+        for start in range(0, joined, step):
+            part = variants[start : min(joined, start + step)]
+            part.copy_(model.call(unit, part.flatten(0, 1)).view_as(part))
+        if joined < len(wanted) and unit == wanted[joined]:
+            variants[joined].copy_(below)
+            joined += 1
+    for number, hidden in enumerate((whole, *variants)):
+        read = hidden[batch.row, batch.position]
+        sums[number].index_add_(0, batch.choice, _log_probabilities(model, read, batch.target))
+
+
+def _log_probabilities(model: TrimModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """log softmax of the logits at the targets, float64, (positions,)."""
+    import torch
+
+    size = TOKENS[hidden.device.type][2]
+    found = []
+    for states, wanted in zip(hidden.split(size), targets.split(size), strict=True):
+        logits = model.finish(states)
+        picked = logits.gather(1, wanted[:, None])[:, 0]
+        found.append((picked - logits.logsumexp(1)).double())
+    return torch.cat(found)
+
+
+def _packed(
+    rows: Sequence[Row], n_tokens: int
+) -> list[list[tuple[tuple[int, ...], list[tuple[int, Row]]]]]:
+    """Unique inputs with the (choice, row) pairs that are read off them, in length-sorted batches."""
+    readers: dict[tuple[int, ...], list[tuple[int, Row]]] = {}
+    for choice, row in enumerate(rows):
+        readers.setdefault(row.inputs, []).append((choice, row))
+    ordered = sorted(readers)
+    for shorter, longer in itertools.pairwise(ordered):
+        # Sorted, an input that begins others stands right before the first of them.
+        if longer[: len(shorter)] == shorter:
+            readers[longer] += readers.pop(shorter)
+    batches: list[list[tuple[tuple[int, ...], list[tuple[int, Row]]]]] = [[]]
+    for inputs in sorted(readers, key=lambda inputs: (len(inputs), inputs)):
+        if batches[-1] and (len(batches[-1]) + 1) * len(inputs) > n_tokens:
+            batches.append([])
+        batches[-1].append((inputs, readers[inputs]))
+    return batches
+
+
+def _batch(part: list[tuple[tuple[int, ...], list[tuple[int, Row]]]], device: Any) -> Batch:
+    import torch
+
+    length = max(len(inputs) for inputs, _ in part)
+    tokens = torch.zeros(len(part), length, dtype=torch.long)
+    real = torch.zeros(len(part), length, dtype=torch.bool)
+    reads = []
+    for number, (inputs, readers) in enumerate(part):
+        tokens[number, : len(inputs)] = torch.tensor(inputs)
+        real[number, : len(inputs)] = True
+        for choice, row in readers:
+            for offset, target in enumerate(row.answer):
+                reads.append((number, len(row.prompt) - 1 + offset, target, choice))
+    columns = torch.tensor(reads, device=device).T
+    return Batch(tokens.to(device), real.to(device), *columns)

@@ -1,0 +1,136 @@
+"""Supervised tuning on questions: the loss is on the right continuation only."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from shortstack.errors import ShortstackError
+from shortstack.prune.trim.rows import Row
+from shortstack.prune.trim.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from shortstack.prune.trim.model import TrimModel, Unit
+
+CLIP = 1.0
+LAST_RATE = 0.1
+"""Each round's rate falls linearly to this share: it is scanned, and perhaps kept, at its end."""
+POOL_BATCHES = 8
+"""Rows are sorted by length in pools of this many batches: little padding, mixed steps."""
+
+
+class NotFiniteError(ShortstackError):
+    """The loss became NaN or infinite; `step` counts from 1 within the round."""
+
+    def __init__(self, step: int, where: str) -> None:
+        super().__init__(f"the loss is not finite at step {step} of {where}.")
+        self.step = step
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round of tuning took: mean loss in nats a token, ids read, optimizer steps."""
+
+    loss: float
+    n_tokens: int
+    n_steps: int
+
+
+class Tuner:
+    """AdamW over the units that train; its state survives from round to round."""
+
+    def __init__(self, model: TrimModel, settings: Settings, trained: Sequence[Unit]) -> None:
+        import torch
+
+        self._model, self._settings = model, settings
+        self.trained = frozenset(trained)
+        names = self._names()
+        for name, parameter in model.hf.named_parameters():
+            parameter.requires_grad_(name in names)
+        self.parameters = {
+            name: parameter
+            for name, parameter in model.hf.named_parameters()
+            if parameter.requires_grad
+        }
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=settings.rate,
+            weight_decay=0.0,
+            fused=model.device.type == "cuda",
+        )
+
+    def _names(self) -> set[str]:
+        if self.trained >= set(self._model.all_units):
+            return {name for name, _ in self._model.hf.named_parameters()}
+        return {name for unit in self.trained for name in self._model.parameters_of(unit)}
+
+    def round(self, rows: Sequence[Row], number: int, on_step: Callable[[], None]) -> Round:
+        """Tune on `rows_per_epoch` of the rows, `epochs` times. The same `number`, seed and
+        state give the same result."""
+        import torch
+
+        batches = self._batches(rows, number)
+        losses: list[Tensor] = []
+        n_tokens = 0
+        for step, batch in enumerate(batches):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._settings.rate * self._decay(step, len(batches), number)
+            losses.append(self._step(batch))
+            n_tokens += sum(len(row.inputs) for row in batch)
+            on_step()
+        # One look at the end, not one a step: reading a loss waits for the GPU.
+        finite = torch.stack(losses).isfinite().tolist()
+        if not all(finite):
+            raise NotFiniteError(finite.index(False) + 1, f"round {number}")
+        return Round(torch.stack(losses).mean().item(), n_tokens, len(batches))
+
+    def _decay(self, step: int, n_steps: int, number: int) -> float:
+        warm = min(1.0, (step + 1) / 10) if number == 0 else 1.0
+        return warm * (1 - (1 - LAST_RATE) * step / n_steps)
+
+    def _batches(self, rows: Sequence[Row], number: int) -> list[list[Row]]:
+        size, shuffled = self._settings.batch_rows, random.Random(f"{self._settings.seed}-{number}")
+        batches: list[list[Row]] = []
+        for _ in range(self._settings.epochs):
+            drawn = shuffled.sample(list(rows), min(len(rows), self._settings.rows_per_epoch))
+            for start in range(0, len(drawn), size * POOL_BATCHES):
+                pool = sorted(
+                    drawn[start : start + size * POOL_BATCHES], key=lambda row: len(row.inputs)
+                )
+                found = [pool[at : at + size] for at in range(0, len(pool), size)]
+                batches += shuffled.sample(found, len(found))
+        return batches
+
+    def _step(self, batch: Sequence[Row]) -> Tensor:
+        import torch
+
+        loss = answer_loss(self._model, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        alive = [p for p in self.parameters.values() if p.grad is not None]
+        torch.nn.utils.clip_grad_norm_(alive, CLIP)
+        self.optimizer.step()
+        return loss.detach()
+
+
+def answer_loss(model: TrimModel, batch: Sequence[Row]) -> Any:
+    """Mean cross entropy over all ids of the continuations, in nats."""
+    import torch
+
+    length = max(len(row.inputs) for row in batch)
+    tokens = torch.zeros(len(batch), length, dtype=torch.long)
+    reads = []
+    for number, row in enumerate(batch):
+        tokens[number, : len(row.inputs)] = torch.tensor(row.inputs)
+        for offset, target in enumerate(row.answer):
+            reads.append((number, len(row.prompt) - 1 + offset, target))
+    rows, positions, targets = torch.tensor(reads).T.to(model.device)
+    with model.autocast():
+        hidden = model.decoder(input_ids=tokens.to(model.device), use_cache=False)[0]
+        logits = model.head(hidden[rows, positions])
+    return torch.nn.functional.cross_entropy(logits, targets)
