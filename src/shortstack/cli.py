@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from shortstack import __version__
+from shortstack import __version__, cli_repair
 from shortstack.cli_shared import (
     DryRun,
     JsonOption,
@@ -201,6 +201,9 @@ def doctor(as_json: JsonOption = False) -> None:
     answer(data, as_json, lambda: terminal.print_findings(findings))
     if not data["healthy"]:
         raise typer.Exit(2)
+
+
+app.command()(cli_repair.repair)
 
 
 def _version(wanted: bool) -> None:
