@@ -49,6 +49,19 @@ class LayerwiseModel:
         result: Tensor = _first(self._layers[index](hidden, **arguments))
         return result
 
+    def layer_and_mlp(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states after layer `index`, and what its MLP gave before it was added."""
+        outputs: list[Tensor] = []
+
+        def note(module: Any, given: Any, output: Any) -> None:
+            outputs.append(_first(output))
+
+        handle = self._layers[index].mlp.register_forward_hook(note)
+        try:
+            return self.layer(index, hidden), outputs[0]
+        finally:
+            handle.remove()
+
     def nats(self, hidden: Tensor, tokens: Tensor) -> float:
         """Negative log likelihood of every token but the first of each window, summed.
 
