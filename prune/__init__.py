@@ -13,6 +13,7 @@ from shortstack.progress import OnProgress, silent
 from shortstack.prune.apply import apply_plan
 from shortstack.prune.plan import PrunePlan, Removal, parse_drop, parse_removal
 from shortstack.prune.predict import predict_prune, preview
+from shortstack.prune.sources import cut_identity
 
 __all__ = [
     "METHODS",
@@ -20,6 +21,7 @@ __all__ = [
     "PrunePlan",
     "Removal",
     "apply_plan",
+    "cut_identity",
     "parse_drop",
     "parse_removal",
     "planner",
