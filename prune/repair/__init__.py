@@ -54,13 +54,15 @@ def repair(
     out: Path,
     *,
     method: str = "auto",
+    dtype: str = "auto",
     progress: OnProgress = silent,
 ) -> tuple[Checkpoint, dict[str, Any]]:
     """Write `pruned`, repaired, into the existing empty folder `out`; return it and the facts.
 
     `plan` made `pruned` out of `original`. Repairs are fitted on the windows `calibration`; at each
     gap one stays only if the perplexity on the windows `selection` falls, and of all repairs
-    tried the one with the lowest is written. If none lowers it, `out` equals `pruned`. Raises
+    tried the one with the lowest is written. If none lowers it, `out` equals `pruned`. `dtype` is
+    what both models compute in; sums and solutions are float64. Raises
     ShortstackError for an unknown method, one that this model cannot hold, a `pruned` that is not
     made of `original`, and too little text.
     """
@@ -69,4 +71,4 @@ def repair(
     require(("torch", "transformers"), "prune", "repairing a model")
     from shortstack.prune.repair.drive import run
 
-    return run(original, pruned, plan, calibration, selection, out, method, progress)
+    return run(original, pruned, plan, calibration, selection, out, method, dtype, progress)

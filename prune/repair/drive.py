@@ -21,7 +21,7 @@ from shortstack.errors import ShortstackError
 from shortstack.floats import from_stored
 from shortstack.progress import OnProgress
 from shortstack.prune.apply import PLAN_FILE
-from shortstack.prune.calibrate import LayerwiseModel, batches
+from shortstack.prune.calibrate import LayerwiseModel, batches, choose_dtype
 from shortstack.prune.plan import PrunePlan
 from shortstack.prune.repair import CHOICES, REPAIRS, Repair
 from shortstack.prune.repair.boundaries import Boundary, boundaries
@@ -73,6 +73,7 @@ def run(
     selection: list[list[int]],
     out: Path,
     method: str,
+    dtype: str,
     progress: OnProgress,
 ) -> tuple[Checkpoint, dict[str, Any]]:
     """See `shortstack.prune.repair.repair`."""
@@ -92,11 +93,12 @@ def run(
         )
     n_predicted = sum(tokens[:, 1:].numel() for tokens in chosen_on)
     attempts, before, whole = fit_all(
-        original, pruned, plan, parts, chosen_on, refused, out, progress
+        original, pruned, plan, parts, chosen_on, refused, out, dtype, progress
     )
     facts: dict[str, Any] = {
         "method": method,
         "kept": None,
+        "dtype": str(choose_dtype(dtype)).split(".")[1],
         "tokens": {"calibration": n_tokens, "selection": n_predicted},
         "selection_perplexity": {
             "original": perplexity(whole / n_predicted),
@@ -104,7 +106,7 @@ def run(
         },
         "candidates": {a.name: _facts(a, before, n_predicted) for a in attempts},
     }
-    return _write_best(original, pruned, plan, attempts, before, chosen_on, out, facts)
+    return _write_best(original, pruned, plan, attempts, before, chosen_on, out, dtype, facts)
 
 
 def fit_all(
@@ -115,6 +117,7 @@ def fit_all(
     chosen_on: list[Tensor],
     refused: dict[str, str | None],
     out: Path,
+    dtype: str,
     progress: OnProgress,
 ) -> tuple[list[Attempt], float, float]:
     """Attempts in the order of `refused`; summed selection nats of the cut and the full model."""
@@ -129,7 +132,7 @@ def fit_all(
         torch.inference_mode(),
     ):
         work = Path(folder)
-        full, cut = LayerwiseModel(original, "float32"), LayerwiseModel(pruned, "float32")
+        full, cut = LayerwiseModel(original, dtype), LayerwiseModel(pruned, dtype)
         whole = Walk(full, chosen_on, work / "whole").nats()
         before = Walk(cut, chosen_on, work / "before").nats()
         reference = Walk(full, parts, work / "full")
@@ -221,6 +224,7 @@ def _write_best(
     before: float,
     chosen_on: list[Tensor],
     out: Path,
+    dtype: str,
     facts: dict[str, Any],
 ) -> tuple[Checkpoint, dict[str, Any]]:
     """Write the attempts in the order of their perplexity until one is better as written, too."""
@@ -230,7 +234,7 @@ def _write_best(
         if not attempt.nats < before:
             continue
         made, noted = write_repaired(original, pruned, plan, attempt.maps, out)
-        after = selection_nats(made, chosen_on)
+        after = selection_nats(made, chosen_on, dtype)
         facts["candidates"][attempt.name]["written"] = perplexity(after / n_predicted)
         if after < before:
             facts["kept"] = attempt.name
@@ -250,9 +254,9 @@ def _write_best(
     return made, facts
 
 
-def selection_nats(checkpoint: Checkpoint, parts: list[Tensor]) -> float:
+def selection_nats(checkpoint: Checkpoint, parts: list[Tensor], dtype: str) -> float:
     """Summed nats of a checkpoint as it lies on disk."""
-    model, total = LayerwiseModel(checkpoint, "float32"), 0.0
+    model, total = LayerwiseModel(checkpoint, dtype), 0.0
     with torch.inference_mode():
         for tokens in parts:
             hidden = model.embed(tokens)

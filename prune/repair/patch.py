@@ -45,4 +45,4 @@ def basis(width: int) -> Tensor:
     if rest == 1:
         return made
     random = torch.randn(rest, rest, generator=torch.Generator().manual_seed(SEED)).double()
-    return torch.kron(torch.linalg.qr(random).Q, made)
+    return torch.kron(torch.linalg.qr(random).Q.contiguous(), made)

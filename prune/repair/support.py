@@ -5,8 +5,9 @@ from __future__ import annotations
 from shortstack.checkpoint import Checkpoint
 from shortstack.prune.repair.boundaries import Boundary
 
-BIASED = ("llama", "smollm3", "granite")
-"""Model types whose MLPs have biases if the config's `mlp_bias` is true (transformers 4.57, 5)."""
+BIASED = {"shift": ("llama", "granite"), "slot": ("llama",)}
+"""Model types whose MLPs have biases if the config's `mlp_bias` is true, and in llama.cpp and
+onnxruntime, too (not SmolLM3). llama.cpp's Granite cannot leave out the attention of a slot."""
 
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier")
 
@@ -16,8 +17,10 @@ def refusal(checkpoint: Checkpoint, kind: str) -> str | None:
     `slot`; None if it can."""
     family, sizes = checkpoint.family, checkpoint.dims
     name = family.model_type
-    if kind in ("shift", "slot") and name not in BIASED:
-        return f"MLPs of {name} have no biases in transformers; those of {', '.join(BIASED)} may"
+    if kind in BIASED and name not in BIASED[kind]:
+        what = "MLPs with biases" + (" in layers without attention" if kind == "slot" else "")
+        known = ", ".join(BIASED[kind])
+        return f"not every runtime has {what} for {name}, only for {known}"
     if kind in ("scale", "output") and _has_post_norms(checkpoint):
         return f"{name} normalizes what a sub-block gives, so that no scale passes to the residual"
     if kind == "scale" and any(checkpoint.text.get(m) not in (None, 1.0) for m in MULTIPLIERS):

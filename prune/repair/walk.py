@@ -16,7 +16,8 @@ class Walk:
     """Token batches in front of layer `position` of a model.
 
     `hidden` and `mlp` (the last layer's MLP output, if asked for) hold a tensor a batch, of shape
-    (windows, length, width), mapped from files in `folder`: memory holds one batch at a time.
+    (windows, length, width), float32, mapped from files in `folder`: memory holds one batch at a
+    time.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Walk:
         if position == self.position:
             return
         for hidden, mlp in zip(self.hidden, self.mlp, strict=True):
-            now = hidden.clone()
+            now = hidden.to(self._model.dtype, copy=True)
             for index in range(self.position, position - 1):
                 now = self._model.layer(index, now)
             if mlp is None:
@@ -62,7 +63,8 @@ class Walk:
         """Negative log likelihood of all tokens, summed, if nothing above is repaired."""
         total = 0.0
         for tokens, hidden, mlp in zip(self._parts, self.hidden, self.mlp, strict=True):
-            now = hidden.clone() if repair is None else repair.apply(hidden, mlp)
+            now = hidden if repair is None else repair.apply(hidden, mlp)
+            now = now.to(self._model.dtype, copy=True)
             for index in range(self.position, self._model.n_layers):
                 now = self._model.layer(index, now)
             total += self._model.nats(now, tokens)
