@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from shortstack.prune.trim.schedule import Schedule, droppable
 from shortstack.prune.trim.settings import Settings, Target
 from shortstack.prune.trim.state import StateFolder, optimizer_tensors, restore
 from shortstack.prune.trim.tune import NotFiniteError, Tuner
+from shortstack.questions import Question
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,19 +66,21 @@ def trim(
     work: Path,
     *,
     identity: str = "",
-    others: dict[str, Sequence[Any]] | None = None,
+    others: dict[str, Sequence[Question]] | None = None,
+    resumable: bool = True,
     on_round: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Trimmed:
     """Trim a loaded transformers model in place; `work` holds the state and the snapshots.
 
     A run that was killed goes on from `work` if parts, settings, target and `identity` (of the
-    model) are the same. `others`: further questions (off-domain) scored with the test rows, once,
-    at the end. Raises ShortstackError for a target deeper than the model and for a loss that is
-    not finite; the last good state then stays in `work`.
+    model) are the same; with `resumable` false only the kept models are written there. `others`:
+    further questions (off-domain) scored with the test rows, once, at the end. Raises
+    ShortstackError for a target deeper than the model and for a loss that is not finite; the last
+    good state then stays in `work`.
     """
-    return _Loop(hf_model, encoder, parts, settings, target, work, identity, on_round).run(
-        others or {}
-    )
+    loop = _Loop(hf_model, encoder, parts, settings, target, work, identity, on_round)
+    loop.resumable = resumable
+    return loop.run(others or {})
 
 
 class _Loop:
@@ -98,11 +101,11 @@ class _Loop:
         limit = settings.max_prompt_tokens
         self.exam = Exam(encoder, parts.scan, limit, self.model.device)
         self.rows = [right_row(encoder, question, limit) for question in parts.tune]
-        keys = {name: [q.key for q in getattr(parts, name)] for name in ("tune", "scan")}
+        seen = {"tune": parts.tune, "scan": parts.scan}
         inputs = {
             "settings": dataclasses.asdict(settings),
             "target": dataclasses.asdict(target),
-            "rows": keys,
+            "rows": {name: [(q.key, q.answer) for q in rows] for name, rows in seen.items()},
             "model": identity,
             "device": self.model.device.type,
         }
@@ -112,10 +115,11 @@ class _Loop:
         self.kept: dict[int, Kept] = {}
         self.phase, self.round, self.tokens, self.seconds = 0, 0, 0, 0.0
         self.tuner: Tuner
+        self.resumable = True
         self.since = time.perf_counter()
 
-    def run(self, others: dict[str, Sequence[Any]]) -> Trimmed:
-        saved = self.state.read()
+    def run(self, others: dict[str, Sequence[Question]]) -> Trimmed:
+        saved = self.state.read() if self.resumable else None
         if saved is None:
             self._begin()
         else:
@@ -128,14 +132,24 @@ class _Loop:
         return Trimmed(len(self.model.all_units), kept, tuple(self.curve), tests, trained)
 
     def _begin(self) -> None:
-        units = self.model.all_units
-        if self.settings.ratio < 1:
+        trained: Sequence[Unit] = self.model.all_units
+        if self.settings.ratio < 1 and self.settings.first_scan == "untuned":
             first = scan(self.model, self.exam, droppable(self.model, self.settings))
-            trained: Sequence[Unit] = kept_first(first, units, self.settings)
-        else:
-            trained = units
+            trained = kept_first(first, trained, self.settings)
         self.tuner = Tuner(self.model, self.settings, trained)
         self._save()
+
+    @property
+    def _narrows(self) -> bool:
+        """Whether this round trains everything and its scan chooses what trains from now on."""
+        sparse = self.settings.ratio < 1 and self.settings.first_scan == "tuned"
+        return sparse and self.round == 0
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The parameters that may differ from the original's."""
+        if self.settings.ratio < 1 and self.settings.first_scan == "untuned":
+            return dict(self.tuner.parameters)
+        return dict(self.model.hf.named_parameters())
 
     def _done(self) -> bool:
         return bool(self.curve) and self.schedule.ends(self.round, self.curve)
@@ -152,10 +166,13 @@ class _Loop:
             ) from None
         self.tokens += took.n_tokens
         n_drop = self.schedule.drops(self.round, self.model)
-        free = droppable(self.model, self.settings) if n_drop else ()
+        free = droppable(self.model, self.settings) if n_drop or self._narrows else ()
         found = scan(self.model, self.exam, free)
         self._note(found, took.loss)
         self._keep(found.whole)
+        if self._narrows:
+            trained = kept_first(found, self.model.all_units, self.settings)
+            self.tuner = Tuner(self.model, self.settings, trained)
         if n_drop and not self.schedule.missed(self.curve):
             self._drop(found, free, n_drop)
         self.round += 1
@@ -193,13 +210,15 @@ class _Loop:
         if before is not None and before.accuracy > score.accuracy:
             return
         name = f"kept-{left:04d}-{self.round:04d}.safetensors"
-        self.state.save(name, self.tuner.parameters)
+        self.state.save(name, self._weights())
         self.kept[left] = Kept(
             left, tuple(sorted(self.model.gone)), score.accuracy, self.round, name
         )
 
     def _save(self) -> None:
         self.phase += 1
+        if not self.resumable:
+            return
         progress = {
             "phase": self.phase,
             "round": self.round,
@@ -213,7 +232,7 @@ class _Loop:
                 for kept in self.kept.values()
             ],
         }
-        self.state.write(progress, {**self.tuner.parameters, **optimizer_tensors(self.tuner)})
+        self.state.write(progress, {**self._weights(), **optimizer_tensors(self.tuner)})
 
     def _resume(self, saved: dict[str, Any]) -> None:
         self.phase, self.round = saved["phase"], saved["round"]
@@ -224,9 +243,11 @@ class _Loop:
             self.kept[kept["n_left"]] = Kept(**{**kept, "gone": gone})
         self.model.take_out(map(parse_unit, saved["gone"]))
         self.tuner = Tuner(self.model, self.settings, tuple(map(parse_unit, saved["trained"])))
-        restore(self.tuner, self.state.load(saved["tensors"]))
+        tensors = self.state.load(saved["tensors"])
+        self._put(tensors)
+        restore(self.tuner, tensors)
 
-    def _test(self, others: dict[str, Sequence[Any]]) -> dict[int, dict[str, Score]]:
+    def _test(self, others: dict[str, Sequence[Question]]) -> dict[int, dict[str, Score]]:
         """Score every kept model on the test rows, which nothing before this has seen."""
         sets = {"test": self.parts.test, **others}
         limit, device = self.settings.max_prompt_tokens, self.model.device
@@ -239,6 +260,13 @@ class _Loop:
 
     def _show(self, kept: Kept) -> None:
         """Make the model in memory the kept one."""
-        tensors: dict[str, Tensor] = self.state.load(kept.file)
         self.model.take_out(kept.gone)
-        restore(self.tuner, tensors)
+        self._put(self.state.load(kept.file))
+
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        import torch
+
+        with torch.no_grad():
+            for name, parameter in self.model.hf.named_parameters():
+                if name in tensors:
+                    parameter.copy_(tensors[name])

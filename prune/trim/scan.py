@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 TOKENS = {"cuda": (16384, 131072, 4096), "cpu": (1024, 2048, 256)}
 """Ids in a batch of rows, in one call of a layer, and positions in one call of the head."""
+Inputs = tuple[tuple[int, ...], list[tuple[int, Row]]]
+"""Ids to run, with (number of the choice, its row) for all that is read off them."""
 
 
 @dataclass(frozen=True)
@@ -172,10 +174,8 @@ def _log_probabilities(model: TrimModel, hidden: Tensor, targets: Tensor) -> Ten
     return torch.cat(found)
 
 
-def _packed(
-    rows: Sequence[Row], n_tokens: int
-) -> list[list[tuple[tuple[int, ...], list[tuple[int, Row]]]]]:
-    """Unique inputs with the (choice, row) pairs that are read off them, in length-sorted batches."""
+def _packed(rows: Sequence[Row], n_tokens: int) -> list[list[Inputs]]:
+    """Unique inputs in length-sorted batches, each with the rows that are read off it."""
     readers: dict[tuple[int, ...], list[tuple[int, Row]]] = {}
     for choice, row in enumerate(rows):
         readers.setdefault(row.inputs, []).append((choice, row))
@@ -184,7 +184,7 @@ def _packed(
         # Sorted, an input that begins others stands right before the first of them.
         if longer[: len(shorter)] == shorter:
             readers[longer] += readers.pop(shorter)
-    batches: list[list[tuple[tuple[int, ...], list[tuple[int, Row]]]]] = [[]]
+    batches: list[list[Inputs]] = [[]]
     for inputs in sorted(readers, key=lambda inputs: (len(inputs), inputs)):
         if batches[-1] and (len(batches[-1]) + 1) * len(inputs) > n_tokens:
             batches.append([])
@@ -192,7 +192,7 @@ def _packed(
     return batches
 
 
-def _batch(part: list[tuple[tuple[int, ...], list[tuple[int, Row]]]], device: Any) -> Batch:
+def _batch(part: Sequence[Inputs], device: Any) -> Batch:
     import torch
 
     length = max(len(inputs) for inputs, _ in part)

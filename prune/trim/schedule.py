@@ -47,7 +47,7 @@ class Schedule:
         if n_drop > len(free):
             raise ShortstackError(
                 f"cannot drop {n_drop} of {n_units} units: {len(free)} may go (layer 0's attention "
-                f"and {settings.protect_first} first and {settings.protect_last} last layers stay). "
+                f"and {settings.protect_first} first, {settings.protect_last} last layers stay). "
                 f"Keep at least {(n_units - len(free)) / n_units:.2f}."
             )
         shares = [

@@ -9,6 +9,7 @@ from shortstack.errors import ShortstackError, unknown
 
 MODES = ("progressive", "one-shot", "full")
 UNITS = ("sub-block", "block")
+FIRST_SCANS = ("tuned", "untuned")
 SCORES = ("scan", "norm", "both", "likelihood")
 
 
@@ -48,6 +49,9 @@ class Settings:
     """How a trim tunes and chooses.
 
     `ratio`: share of sub-blocks that are trained; 1 trains everything, embeddings and norms too.
+    `first_scan`: what to train is chosen by a scan of the model as it came (`untuned`, the paper's
+    way) or after one round that trains everything (`tuned`): a model that only guesses on the
+    domain's questions has no accuracy to lose, so the scan of it ranks noise.
     `score`: `scan` drops what the accuracy on the scan rows misses least, `norm` what has the
     largest activation norm, `both` breaks the ties of the first by the second (arXiv:2412.11242),
     `likelihood` takes the mean log probability of the right choice among the choices instead of
@@ -59,6 +63,7 @@ class Settings:
     unit: str = "sub-block"
     score: str = "both"
     ratio: float = 0.25
+    first_scan: str = "tuned"
     drop_per_step: int = 1
     epochs: int = 1
     last_epochs: int = 0
@@ -76,6 +81,7 @@ class Settings:
             ("mode", self.mode, MODES),
             ("unit", self.unit, UNITS),
             ("score", self.score, SCORES),
+            ("first scan", self.first_scan, FIRST_SCANS),
         ):
             if name not in known:
                 raise unknown(kind, name, known)

@@ -74,17 +74,12 @@ def optimizer_tensors(tuner: Tuner) -> dict[str, Tensor]:
 
 
 def restore(tuner: Tuner, tensors: Mapping[str, Tensor]) -> None:
-    """Put back weights and moments that were saved together."""
-    import torch
-
-    with torch.no_grad():
-        for name, parameter in tuner.parameters.items():
-            parameter.copy_(tensors[name])
-            saved = {m: tensors[f"{m}/{name}"] for m in MOMENTS if f"{m}/{name}" in tensors}
-            if saved:
-                # A step count stays where AdamW makes it: on the GPU only when fused.
-                fused = bool(tuner.optimizer.defaults.get("fused"))
-                tuner.optimizer.state[parameter] = {
-                    m: v.to(parameter.device) if m != "step" or fused else v
-                    for m, v in saved.items()
-                }
+    """Put back the moments that were saved with the weights."""
+    # A step count stays where AdamW makes it: on the GPU only when fused.
+    fused = bool(tuner.optimizer.defaults.get("fused"))
+    for name, parameter in tuner.parameters.items():
+        saved = {m: tensors[f"{m}/{name}"] for m in MOMENTS if f"{m}/{name}" in tensors}
+        if saved:
+            tuner.optimizer.state[parameter] = {
+                m: v.to(parameter.device) if m != "step" or fused else v for m, v in saved.items()
+            }

@@ -12,7 +12,6 @@ from shortstack.prune.trim.rows import Row
 from shortstack.prune.trim.settings import Settings
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from shortstack.prune.trim.model import TrimModel, Unit
@@ -48,6 +47,8 @@ class Tuner:
         import torch
 
         self._model, self._settings = model, settings
+        self.pieces = 1
+        """How many parts a batch is run in: 2 once the memory did not hold it whole."""
         self.trained = frozenset(trained)
         names = self._names()
         for name, parameter in model.hf.named_parameters():
@@ -109,13 +110,34 @@ class Tuner:
     def _step(self, batch: Sequence[Row]) -> Tensor:
         import torch
 
-        loss = answer_loss(self._model, batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        try:
+            loss = self._gradients(batch)
+        except torch.OutOfMemoryError:
+            if self.pieces > 1 or len(batch) < 2:
+                raise ShortstackError(
+                    f"out of memory with batches of {-(-len(batch) // self.pieces)} rows. "
+                    "Use smaller ones or shorter prompts."
+                ) from None
+            self.pieces = 2
+            loss = self._gradients(batch)
         alive = [p for p in self.parameters.values() if p.grad is not None]
         torch.nn.utils.clip_grad_norm_(alive, CLIP)
         self.optimizer.step()
-        return loss.detach()
+        return loss
+
+    def _gradients(self, batch: Sequence[Row]) -> Tensor:
+        """Gradients of the whole batch's mean loss, which is returned, in `pieces` parts."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total, losses = sum(len(row.answer) for row in batch), []
+        size = -(-len(batch) // self.pieces)
+        for start in range(0, len(batch), size):
+            part = batch[start : start + size]
+            share = sum(len(row.answer) for row in part) / total
+            loss = answer_loss(self._model, part) * share
+            loss.backward()
+            losses.append(loss.detach())
+        summed: Tensor = sum(losses[1:], losses[0])
+        return summed
 
 
 def answer_loss(model: TrimModel, batch: Sequence[Row]) -> Any:

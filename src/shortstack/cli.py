@@ -13,6 +13,7 @@ import typer
 from shortstack import __version__, cli_heal
 from shortstack import __version__, cli_eval
 from shortstack import __version__, cli_repair
+from shortstack import __version__, cli_trim
 from shortstack.cli_shared import (
     DryRun,
     JsonOption,
@@ -208,6 +209,7 @@ def doctor(as_json: JsonOption = False) -> None:
 app.command()(cli_heal.heal)
 app.command("eval")(cli_eval.evaluate)
 app.command()(cli_repair.repair)
+app.command()(cli_trim.trim)
 
 
 def _version(wanted: bool) -> None:

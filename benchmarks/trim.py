@@ -1,0 +1,274 @@
+"""TrimLLM against the full fine-tune of the same budget and against dropping all at once.
+
+    python benchmarks/trim.py MODEL --data DIR [--sets finance/financial_phrasebank ...]
+        [--seeds 0 1 2] [--modes full progressive one-shot] [--set ratio=1 score=scan ...]
+        [--device cuda] [--jobs 3] [--limit ROWS] [--name NAME] [--out trim-results]
+
+DIR holds DOMAIN/SET/{train,validation,test}.jsonl[.gz] with questions. Tuned on train, scanned on
+150 rows of validation, tested once on test. A set without train divides its validation once. Each
+run is a process of its own and writes OUT/NAME.SET.MODE.SEED.json; one that is there is kept, and
+the table is made of all that are there. `--set` changes any field of Settings for all modes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from shortstack.questions import Question, open_questions
+
+SETS = (
+    "finance/financial_phrasebank",
+    "legal/overruling",
+    "medical/pubmedqa",
+    "science/arc_easy",
+    "science/sciq",
+)
+OFF_DOMAIN = ("general/piqa", "general/commonsense_qa")
+OFF_ROWS, SCAN_ROWS, SPLIT_SEED = 250, 150, 7
+DEFAULTS: dict[str, Any] = {
+    "ratio": 0.25,
+    "drop_per_step": 2,
+    "rows_per_epoch": 1500,
+    "batch_rows": 32,
+    "max_prompt_tokens": 256,
+    "snapshots": [0.75, 0.5, 0.4],
+}
+
+
+def questions(data: Path, name: str, part: str) -> list[Question]:
+    """The questions of a part; none where the set has no such part."""
+    for end in (".jsonl", ".jsonl.gz"):
+        file = data / name / f"{part}{end}"
+        if file.is_file():
+            return list(open_questions(file))
+    return []
+
+
+def divided(
+    data: Path, name: str, limit: int
+) -> tuple[list[Question], list[Question], list[Question]]:
+    """Tune, scan and test rows of a set: the same for every seed and mode."""
+    shuffled = random.Random(SPLIT_SEED)
+    tune, scan = questions(data, name, "train"), questions(data, name, "validation")
+    test = questions(data, name, "test")
+    for rows in (tune, scan, test):
+        shuffled.shuffle(rows)
+    if not tune:
+        tune = scan[SCAN_ROWS:]
+    return tune[:limit], scan[: min(SCAN_ROWS, limit)], test[:limit]
+
+
+def run_one(job: dict[str, Any]) -> None:
+    """One set, mode and seed; writes its JSON file."""
+    import torch
+
+    from shortstack.checkpoint import Checkpoint
+    from shortstack.pretrained import load
+    from shortstack.prune.trim.loop import trim
+    from shortstack.prune.trim.model import TrimModel
+    from shortstack.prune.trim.rows import Parts
+    from shortstack.prune.trim.scan import Exam, evaluate
+    from shortstack.prune.trim.settings import Settings, Target
+    from shortstack.tokens import Encoder
+
+    torch.set_num_threads(job["threads"])
+    start = time.perf_counter()
+    data, path = Path(job["data"]), Path(job["model"])
+    fields = {**DEFAULTS, **job["settings"], "mode": job["mode"], "seed": job["seed"]}
+    settings = Settings(**{**fields, "snapshots": tuple(fields["snapshots"])})
+    parts = Parts(*map(tuple, divided(data, job["set"], job["limit"])))
+    off = {
+        name: questions(data, name, "test")[: min(OFF_ROWS, job["limit"])] for name in OFF_DOMAIN
+    }
+    encoder = Encoder(Checkpoint.open(path))
+    device = torch.device(job["device"])
+    dense = {}
+    if job["mode"] == "full":
+        model = TrimModel(load(path, torch.float32).to(device), settings.unit)
+        for name, rows in {"test": parts.test, **off}.items():
+            exam = Exam(encoder, rows, settings.max_prompt_tokens, device)
+            dense[name] = dataclasses.asdict(evaluate(model, exam))
+        del model
+    with tempfile.TemporaryDirectory(dir=job["work"]) as work:
+        result = trim(
+            load(path, torch.float32).to(device),
+            encoder,
+            parts,
+            settings,
+            Target(keep=job["keep"]),
+            Path(work),
+            others=off,
+            resumable=False,
+            on_round=lambda row: print(job["mode"], job["set"], json.dumps(row), flush=True),
+        )
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    facts = {
+        **{name: job[name] for name in ("name", "set", "mode", "seed", "keep", "device", "limit")},
+        "settings": dataclasses.asdict(settings),
+        "rows": {name: len(getattr(parts, name)) for name in ("tune", "scan", "test")},
+        "dense": dense,
+        "curve": result.curve,
+        "kept": [
+            {"left": k.n_left, "round": k.round, "gone": list(map(str, k.gone))}
+            for k in result.kept
+        ],
+        "n_units": result.n_units,
+        "tests": {
+            str(left): {name: dataclasses.asdict(score) for name, score in scores.items()}
+            for left, scores in result.tests.items()
+        },
+        "wall_s": round(time.perf_counter() - start, 1),
+        "peak_gpu_bytes": peak,
+        "torch": torch.__version__,
+    }
+    Path(job["file"]).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def run_all(args: argparse.Namespace) -> int:
+    """Start the runs that are missing, `jobs` at a time. Returns how many failed."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    jobs = []
+    for seed in args.seeds:  # outermost: an early end still has every set
+        for mode in args.modes:
+            for name in args.sets:
+                file = args.out / f"{args.name}.{name.replace('/', '_')}.{mode}.{seed}.json"
+                if not file.is_file():
+                    jobs.append(job_of(args, name, mode, seed, file))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        return sum(pool.map(started, jobs))
+
+
+def job_of(args: argparse.Namespace, name: str, mode: str, seed: int, file: Path) -> dict[str, Any]:
+    settings = dict(map(setting, args.set))
+    keep = args.keep
+    if mode == "full":
+        settings["ratio"] = 1.0
+    if mode == "one-shot":  # as many rounds as the progressive run had when it got there
+        keep, settings["snapshots"] = args.one_shot_keep, []
+    return {
+        **{"name": args.name, "set": name, "mode": mode, "seed": seed, "file": str(file)},
+        **{"model": str(args.model), "data": str(args.data), "device": args.device},
+        **{"limit": args.limit or sys.maxsize, "keep": keep, "settings": settings},
+        "threads": args.threads or max(1, (os.cpu_count() or 1) // args.jobs),
+        "work": str(args.work) if args.work else None,
+    }
+
+
+def setting(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def started(job: dict[str, Any]) -> int:
+    """Run one job in a process of its own; its output goes beside its result."""
+    log = Path(job["file"]).with_suffix(".log")
+    with log.open("w", encoding="utf-8") as stream:
+        code = subprocess.run(
+            [sys.executable, __file__, "--one", json.dumps(job)], stdout=stream, stderr=stream
+        ).returncode
+    words = "done" if code == 0 else f"FAILED, see {log}"
+    print(f"{job['set']} {job['mode']} seed {job['seed']}: {words}", flush=True)
+    return int(code != 0)
+
+
+def table(out: Path) -> str:
+    """Markdown of all results in `out`: a row a set, run name, mode and depth; means over seeds."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for file in sorted(out.glob("*.json")):
+        run = json.loads(file.read_text(encoding="utf-8"))
+        if run["dense"]:
+            groups.setdefault((run["set"], "", "untuned", 1.0), []).append(run["dense"])
+        for left, scores in run["tests"].items():
+            share = int(left) / run["n_units"]
+            key = (run["set"], run["name"], run["mode"], round(share, 3))
+            groups.setdefault(key, []).append(scores)
+    lines = [
+        "| set | run | mode | left | accuracy, % (± half of 95 %) | against full | macro-F1, % "
+        "| off-domain, % | seeds | n |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    order = {"untuned": 0, "full": 1, "one-shot": 2, "progressive": 3}
+    for key in sorted(groups, key=lambda k: (k[0], order[k[2]], k[1], -k[3])):
+        full = groups.get((key[0], key[1], "full", 1.0)) or next(
+            (groups[k] for k in sorted(groups) if k[0] == key[0] and k[2] == "full"), None
+        )
+        lines.append(_line(key, groups[key], full))
+    return "\n".join(lines)
+
+
+def _line(
+    key: tuple[Any, ...], runs: list[dict[str, Any]], full: list[dict[str, Any]] | None
+) -> str:
+    name, run, mode, share = key
+    accuracy = [scores["test"]["accuracy"] for scores in runs]
+    mean, n = statistics.fmean(accuracy), runs[0]["test"]["n"]
+    # Of the rows, and of the seeds where there are several: both are drawn.
+    variance = mean * (1 - mean) / n
+    if len(runs) > 1:
+        variance += statistics.variance(accuracy) / len(runs)
+    against = "" if full is None else f"{100 * (mean - _mean(full)):+.1f}"
+    f1 = [scores["test"]["macro_f1"] for scores in runs]
+    off = [scores[name]["accuracy"] for scores in runs for name in scores if name != "test"]
+    cells = (
+        *(name, run, mode, f"{share:.0%}"),
+        f"{100 * mean:.1f} ± {196 * math.sqrt(variance):.1f}",
+        against,
+        "" if f1[0] is None else f"{100 * statistics.fmean(f1):.1f}",
+        f"{100 * statistics.fmean(off):.1f}" if off else "",
+        *(len(runs), n),
+    )
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _mean(runs: list[dict[str, Any]]) -> float:
+    return statistics.fmean(scores["test"]["accuracy"] for scores in runs)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--sets", nargs="+", default=list(SETS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--modes", nargs="+", default=["full", "progressive", "one-shot"])
+    parser.add_argument("--set", nargs="*", default=[])
+    parser.add_argument("--keep", type=float, default=0.3)
+    parser.add_argument("--one-shot-keep", type=float, default=0.5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--name", default="trim")
+    parser.add_argument("--work", type=Path, help="for state while a run lasts, e.g. /dev/shm")
+    parser.add_argument("--out", type=Path, default=Path("trim-results"))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.one:
+        run_one(json.loads(args.one))
+        return 0
+    failed = run_all(args) if args.model else 0
+    print(table(args.out))
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
