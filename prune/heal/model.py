@@ -62,19 +62,23 @@ class Student(nn.Module):
 
 def freeze(model: nn.Module, checkpoint: Checkpoint, settings: HealSettings) -> None:
     """Let only what `settings.train` names learn; a removed sub-block stays removed."""
+    if settings.lora_rank is not None:
+        from shortstack.prune.heal.lora import add_lora
+
+        add_lora(model, checkpoint, settings.lora_rank)
+        return
     layers = trained_layers(checkpoint, settings)
-    family, found = checkpoint.family, False
     for name, parameter in model.named_parameters():
-        layer = family.layer_of(name)
-        gone = any(
-            layer in gone_layers and f".{'self_attn' if part == 'attention' else 'mlp'}." in name
-            for part, gone_layers in checkpoint.removed.items()
-        )
-        wanted = not gone and (layers is None or layer in layers)
-        parameter.requires_grad_(wanted)
-        found |= wanted
-    if not found:
-        raise ShortstackError(f"train {settings.train!r} leaves nothing to train. Name a layer.")
+        wanted = layers is None or checkpoint.family.layer_of(name) in layers
+        parameter.requires_grad_(wanted and not is_gone(name, checkpoint))
+
+
+def is_gone(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether a tensor is of a sub-block that was removed alone: it is left out of exports, so
+    that its zeros must stay."""
+    layer = checkpoint.family.layer_of(name)
+    inner = {"attention": ".self_attn.", "mlp": ".mlp."}
+    return any(layer in gone and inner[part] in name for part, gone in checkpoint.removed.items())
 
 
 def trained_layers(checkpoint: Checkpoint, settings: HealSettings) -> frozenset[int] | None:

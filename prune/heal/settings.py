@@ -26,8 +26,9 @@ class HealSettings:
     `all`, `lora:RANK`, `layers:3,4` (numbers in the student) or `neighbours` (the layers on either
     side of a cut). `warmup` is a share of the steps; then the rate falls as a cosine to
     `final_rate` times `learning_rate`. `micro_windows`: windows a process runs at once (None:
-    chosen for the device); halved once when memory is out. Intervals are in steps; None: a tenth
-    of the run.
+    chosen for the device); halved once when memory is out. `eval_steps`: None for a tenth of the
+    run; `save_steps`: None for one state every two minutes. `keep_float32` stores what was trained
+    in float32, not in the type it had.
     """
 
     tokens: int
@@ -47,7 +48,7 @@ class HealSettings:
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
-    log_steps: int = 10
+    keep_float32: bool = False
     eval_steps: int | None = None
     save_steps: int | None = None
 
@@ -78,13 +79,14 @@ class HealSettings:
         share = self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * at))
         return self.learning_rate * share
 
-    def interval(self, wanted: int | None) -> int:
-        return wanted or max(1, self.steps // 10)
+    @property
+    def steps_between_evaluations(self) -> int:
+        return self.eval_steps or max(1, self.steps // 10)
 
     def _check_numbers(self) -> None:
         least = {
             **{"tokens": 1, "window_tokens": 8, "batch_windows": 1, "micro_windows": 1},
-            **{"top_k": 1, "log_steps": 1, "eval_steps": 1, "save_steps": 1},
+            **{"top_k": 1, "eval_steps": 1, "save_steps": 1},
         }
         for name, bound in least.items():
             value = getattr(self, name)

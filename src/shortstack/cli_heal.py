@@ -32,6 +32,10 @@ def heal(
     weight_decay: float = 0.0,
     grad_clip: float = 1.0,
     eval_steps: Annotated[int | None, typer.Option(min=1)] = None,
+    save_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps between states; default: two minutes.")
+    ] = None,
+    keep_float32: Annotated[bool, typer.Option(help="Store what was trained in float32.")] = False,
     seed: int = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16 (autocast).")] = "auto",
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
@@ -57,6 +61,8 @@ def heal(
         temperature=temperature,
         train=train,
         eval_steps=eval_steps,
+        save_steps=save_steps,
+        keep_float32=keep_float32,
         seed=seed,
         dtype=dtype,
         device=device,

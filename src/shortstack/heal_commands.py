@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def heal_model(
     from shortstack.prune.heal.train import heal
 
     check_ours(out, "heal")
-    main = int(os.environ.get("RANK", "0")) == 0
+    first = int(os.environ.get("RANK", "0")) == 0
     cut = _folder(student)
     original = None if teacher is None else _folder(teacher)
     check_apart(out, [cut.path, *([original.path] if original else [])])
@@ -59,24 +60,18 @@ def heal_model(
     kept = finished(out, key)
     if kept is None:
         with display.step("Heal") as progress:
-            if main:
-                with staged(out, "heal") as partial:
-                    healed, facts = heal(
-                        cut,
-                        original,
-                        train,
-                        selection,
-                        partial,
-                        settings,
-                        progress=progress,
-                        note=display.note,
-                    )
-                    facts = {**facts, "source_sha256": cut.sha256, "sha256": healed.sha256}
-                    kept = write_manifest(partial, "heal", key, {"heal": facts})
-            else:
-                partial = out.resolve().with_name(f".{out.name}.partial")
-                _, facts = heal(cut, original, train, selection, partial, settings)
-                return {"checkpoint": str(out), **facts}
+            run = functools.partial(heal, cut, original, train, selection)
+            target = out.resolve()
+            state = target.with_name(f".{target.name}.healing")
+            partial = target.with_name(f".{target.name}.partial")  # of the first process
+            if not first:
+                return run(partial, settings, state=state)[1]
+            with staged(out, "heal") as partial:
+                healed, facts = run(
+                    partial, settings, progress=progress, note=display.note, state=state
+                )
+                facts = {**facts, "source_sha256": cut.sha256, "sha256": healed.sha256}
+                kept = write_manifest(partial, "heal", key, {"heal": facts})
     return {"checkpoint": str(out), **kept["heal"]}
 
 
