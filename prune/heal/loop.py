@@ -23,6 +23,7 @@ from shortstack.prune.heal import state
 from shortstack.prune.heal.model import Student, freeze
 from shortstack.prune.heal.order import rows_of_step
 from shortstack.prune.heal.settings import HealSettings
+from shortstack.prune.heal.sharded import copies, put, whole
 from shortstack.prune.scoring import perplexity
 
 MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -125,11 +126,11 @@ class Loop:
     def restore_best(self) -> None:
         """Put the best values back; where none was better, the model is what it was."""
         if self._best:
-            _put(self.trained, self._best)
+            put(self.trained, self._best)
 
     def _start(self) -> bool:
         """Set up devices and processes; returns whether products run in bfloat16."""
-        from accelerate import Accelerator
+        from accelerate import Accelerator  # type: ignore[import-untyped]
 
         settings = self.settings
         on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
@@ -156,7 +157,7 @@ class Loop:
         self._note(f"step {at.step}: loss {loss:.4g}, perplexity {now:.4g} on selection text")
         if at.best is None or now < at.best:
             at.best, at.best_step = now, at.step
-            self._best = _whole(self.trained)
+            self._best = copies(self.trained)
 
     def _step_or_halve(self, step: int, due: bool) -> tuple[float, bool]:
         began = time.perf_counter()
@@ -208,7 +209,7 @@ class Loop:
         wants = float(due and self.accelerator.is_main_process)
         told = self.accelerator.reduce(torch.stack([total, total.new_tensor(wants)]), "sum")
         loss, wants = told.tolist()
-        if math.isfinite(loss) and not math.isfinite(float(_full(norm))):
+        if math.isfinite(loss) and not math.isfinite(float(whole(norm))):
             loss = math.nan
         if math.isfinite(loss):
             self._optimizer.step()
@@ -219,8 +220,8 @@ class Loop:
         return windows[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def _save(self, folder: Path, key: str) -> None:
-        tensors = {"model": _whole(self.trained), "best": self._best}
-        tensors.update({name: _whole(self._moments(name)) for name in MOMENTS})
+        tensors = {"model": copies(self.trained), "best": self._best}
+        tensors.update({name: copies(self._moments(name)) for name in MOMENTS})
         if self.accelerator.is_main_process:
             state.save(folder, key, self.position, tensors)
 
@@ -232,13 +233,13 @@ class Loop:
         self._note(f"going on from step {self.position.step}")
         self._micro = self.position.micro_windows or self._micro
         self._best = tensors["best"]
-        _put(self.trained, tensors["model"])
+        put(self.trained, tensors["model"])
         for name, parameter in self.trained.items():
             slots = self._optimizer.state[parameter]
             slots["step"] = torch.tensor(float(self.position.step))
             for moment in MOMENTS:
                 slots[moment] = torch.zeros_like(parameter)
-                _put({name: slots[moment]}, {name: tensors[moment][name]})
+                put({name: slots[moment]}, {name: tensors[moment][name]})
 
     def _moments(self, moment: str) -> dict[str, Tensor]:
         return {n: self._optimizer.state[p][moment] for n, p in self.trained.items()}
@@ -252,27 +253,6 @@ def _equal(windows: Sequence[Sequence[int]], what: str) -> Tensor:
             "Give more text or ask for shorter windows."
         )
     return torch.tensor([list(window) for window in windows])
-
-
-def _full(tensor: Any) -> Any:
-    """All of a tensor that may lie in shards over the processes (FSDP)."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU."""
-    return {n: _full(t.detach()).to("cpu", torch.float32, copy=True) for n, t in tensors.items()}
-
-
-def _put(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    for name, target in targets.items():
-        value = values[name].to(target.device)
-        if hasattr(target, "full_tensor"):
-            from torch.distributed.tensor import distribute_tensor
-
-            value = distribute_tensor(value, target.device_mesh, target.placements)
-        with torch.no_grad():
-            target.copy_(value)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

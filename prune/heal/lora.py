@@ -11,8 +11,6 @@ from shortstack.errors import MissingExtraError
 from shortstack.prune.heal.model import is_gone
 
 ALPHA_PER_RANK = 2.0
-BASE = ".base_layer"
-"""peft puts the weight that it adds to one level down."""
 
 
 def add_lora(model: nn.Module, checkpoint: Checkpoint, rank: int) -> None:
@@ -37,9 +35,10 @@ def merge_lora(model: Any) -> dict[str, Tensor]:
     """Add the updates to the weights in place; returns those weights by their own names."""
     from peft.tuners.lora import LoraLayer
 
-    merged = {}
+    merged: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            module.merge()  # type: ignore[attr-defined]  # of the layer's other base class
-            merged[f"{name}.weight"] = module.get_base_layer().weight
+            layer: Any = module  # merge() is of its other base class
+            layer.merge()
+            merged[f"{name}.weight"] = layer.get_base_layer().weight
     return merged

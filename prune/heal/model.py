@@ -45,6 +45,8 @@ class Student(nn.Module):
 
         `targets_only`: nats of the next token, whatever the loss is; what perplexity needs.
         """
+        if self._settings.loss == "mse" and not targets_only:
+            return self._replaced(tokens)
         chunk = next_token(tokens[:, 1:].flatten())
         if not targets_only and self._settings.loss != "ce":
             chunk = self._with_teacher(tokens, chunk)
@@ -58,6 +60,56 @@ class Student(nn.Module):
         if self._settings.loss == "kl":
             return kl
         return mixed(kl, targets, self._settings.alpha)
+
+    def _replaced(self, tokens: Tensor) -> Tensor:
+        """Squared distance of hidden states, the mean over width, summed over as many positions as
+        other losses have (LLM-Streamline, arXiv:2403.19135, section 3.2: ||g(h_l) - h_(l+n)||^2).
+
+        Below the run both models are one: the teacher's states feed the student's layer.
+        """
+        assert self._settings.replaces is not None
+        first, last = self._settings.replaces
+        with torch.no_grad():
+            inputs, named, wanted = across(self._teacher[0], tokens, first, last)
+        layers: Any = self.model.get_decoder().layers  # type: ignore[operator]
+        output = layers[first](inputs, **named)
+        made = output[0] if isinstance(output, tuple) else output
+        squares = (made.float() - wanted.float()).square().mean(-1)
+        total: Tensor = squares.mean(-1).sum() * (tokens.shape[1] - 1)
+        return total
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose later layers nobody needs."""
+
+
+def across(
+    model: Any, tokens: Tensor, first: int, last: int
+) -> tuple[Tensor, dict[str, Any], Tensor]:
+    """Hidden states before layer `first`, what else it was given, and those after layer `last`."""
+    layers = model.get_decoder().layers
+    seen: list[Any] = []
+
+    def before(module: Any, args: Any, named: dict[str, Any]) -> None:
+        seen.extend((args[0] if args else named.pop("hidden_states"), named))
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+        raise _Enough
+
+    hooks = (
+        layers[first].register_forward_pre_hook(before, with_kwargs=True),
+        layers[last].register_forward_hook(after),
+    )
+    try:
+        model.get_decoder()(input_ids=tokens, use_cache=False)
+    except _Enough:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    inputs, named, wanted = seen
+    return inputs, named, wanted
 
 
 def freeze(model: nn.Module, checkpoint: Checkpoint, settings: HealSettings) -> None:

@@ -18,6 +18,7 @@ from shortstack.manifest import step_key
 from shortstack.progress import OnProgress, silent
 from shortstack.prune.heal.loop import Loop
 from shortstack.prune.heal.settings import HealSettings
+from shortstack.prune.heal.sharded import copies
 from shortstack.prune.rewrite import rewrite
 
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -79,7 +80,8 @@ def _result(
     at = run.position
     assert at.before is not None
     if not at.best_step:
-        note("healing did not lower the perplexity on selection text: the student is kept as it is")
+        if at.step:
+            note("healing did not lower the perplexity on selection text: the student is kept")
         return {}, at.before
     run.restore_best()
     model = run.module.model
@@ -88,7 +90,6 @@ def _result(
         from shortstack.prune.heal.lora import merge_lora
 
         changed = merge_lora(model)
-    result = {}
     for name, tensor in changed.items():
         if name not in student.tensors:
             raise ShortstackError(
@@ -98,13 +99,8 @@ def _result(
         stored = STORED["F32" if run.settings.keep_float32 else student.tensors[name].dtype]
         with torch.no_grad():
             tensor.copy_(tensor.to(stored))
-        result[name] = _cpu(tensor)
+    result = copies(changed)
     return result, run.perplexity()
-
-
-def _cpu(tensor: Tensor) -> Tensor:
-    whole: Any = tensor.detach()
-    return (whole.full_tensor() if hasattr(whole, "full_tensor") else whole).float().cpu()
 
 
 def _facts(run: Loop, after: float, peak_bytes: int | None) -> dict[str, Any]:

@@ -204,6 +204,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
 
 app.command()(cli_heal.heal)
+app.command()(cli_heal.streamline)
 
 
 def _version(wanted: bool) -> None:

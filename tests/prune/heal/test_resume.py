@@ -95,9 +95,11 @@ def test_two_processes_give_what_one_gives(
     # `accelerate launch --cpu` starts a single process unless there is MPI; torchrun starts two
     launch = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-        *("--master-port", "0", "-m", "shortstack"),
+        *("--standalone", "-m", "shortstack"),
     ]
-    done = subprocess.run([*launch, *changed, "-o", str(together)], capture_output=True, text=True)
+    done = subprocess.run(
+        [*launch, *changed, "-o", str(together)], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     facts = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert facts[0]["processes"] == 2

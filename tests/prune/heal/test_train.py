@@ -150,9 +150,10 @@ def test_out_of_memory_halves_the_batch_once(
         ({"loss": "kl"}, "--teacher"),
         ({"loss": "ce", "train": "layers:9"}, "no layer 9"),
         ({"loss": "ce", "train": "layers"}, "layers:3,4"),
+        ({"loss": "mse"}, "streamline"),
         ({"loss": "huber"}, "huber"),
         ({"loss": "ce", "learning_rate": math.nan}, "learning_rate"),
-        ({"loss": "ce", "tokens": 0}, "tokens is 0"),
+        ({"loss": "ce", "tokens": -1}, "tokens is -1"),
     ],
 )
 def test_what_cannot_be_done_is_refused(
