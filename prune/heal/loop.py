@@ -160,16 +160,15 @@ class Loop:
             self._best = copies(self.trained)
 
     def _step_or_halve(self, step: int, due: bool) -> tuple[float, bool]:
-        began = time.perf_counter()
-        try:
-            result = self._step(step, due)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; on a CPU it is a plain one
-            if not _out_of_memory(error):
-                raise
-            result = None
-        if result is None:  # out of the handler, which keeps the tensors of its frames alive
-            self._halve()
-            result = self._step(step, due)
+        began, result = time.perf_counter(), None
+        while result is None:
+            try:
+                result = self._step(step, due)
+            except RuntimeError as error:  # on a CPU it is no torch.OutOfMemoryError
+                if not _out_of_memory(error):
+                    raise
+            if result is None:  # out of the handler, which keeps its frames' tensors alive
+                self._halve()
         self.position.trained_s += time.perf_counter() - began
         return result
 
