@@ -25,7 +25,11 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(positions, width) to float32 (positions, vocabulary)."""
-        logits = functional.linear(hidden, self.weight, self.bias).float()
+        return self.shaped(functional.linear(hidden, self.weight, self.bias))
+
+    def shaped(self, product: Tensor) -> Tensor:
+        """Scale and cap of `weight @ h + bias`, as float32."""
+        logits = product.float()
         if self.scale != 1.0:
             logits.mul_(self.scale)
         return logits.div_(self.cap).tanh_().mul_(self.cap) if self.cap else logits
@@ -111,15 +115,17 @@ class _Chunked(torch.autograd.Function):
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for start in range(0, len(hidden), chunk_rows(head)):
             rows = slice(start, min(len(hidden), start + chunk_rows(head)))
-            logits = head.logits(hidden[rows])
+            product = functional.linear(hidden[rows], weight, bias)
+            logits = head.shaped(product)
             # a chunk may overwrite the logits; the cap's derivative needs them
             loss, gradient = chunk(rows, logits.clone() if head.cap else logits)
             total += loss
-            gradient = head.gradient(logits, gradient)
+            # products in the type of the forward pass: float32, or bfloat16 under autocast
+            gradient = head.gradient(logits, gradient).to(product.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = torch.matmul(gradient, weight).to(hidden.dtype)
+                grad_hidden[rows] = torch.matmul(gradient, weight.to(gradient.dtype))
             if grad_weight is not None:
-                grad_weight += torch.matmul(gradient.T, hidden[rows])
+                grad_weight += torch.matmul(gradient.T, hidden[rows].to(gradient.dtype))
             if grad_bias is not None:
                 grad_bias += gradient.sum(0)
         ctx.gradients = (grad_hidden, grad_weight, grad_bias)

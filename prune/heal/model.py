@@ -45,6 +45,8 @@ class Student(nn.Module):
 
         `targets_only`: nats of the next token, whatever the loss is; what perplexity needs.
         """
+        if self._settings.loss == "mse" and not targets_only:
+            return self._replaced(tokens)
         chunk = next_token(tokens[:, 1:].flatten())
         if not targets_only and self._settings.loss != "ce":
             chunk = self._with_teacher(tokens, chunk)
@@ -59,22 +61,76 @@ class Student(nn.Module):
             return kl
         return mixed(kl, targets, self._settings.alpha)
 
+    def _replaced(self, tokens: Tensor) -> Tensor:
+        """Squared distance of hidden states, the mean over width, summed over as many positions as
+        other losses have (LLM-Streamline, arXiv:2403.19135, section 3.2: ||g(h_l) - h_(l+n)||^2).
+
+        Below the run both models are one: the teacher's states feed the student's layer.
+        """
+        assert self._settings.replaces is not None
+        first, last = self._settings.replaces
+        with torch.no_grad():
+            inputs, named, wanted = across(self._teacher[0], tokens, first, last)
+        layers: Any = self.model.get_decoder().layers  # type: ignore[operator]
+        output = layers[first](inputs, **named)
+        made = output[0] if isinstance(output, tuple) else output
+        squares = (made.float() - wanted.float()).square().mean(-1)
+        total: Tensor = squares.mean(-1).sum() * (tokens.shape[1] - 1)
+        return total
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose later layers nobody needs."""
+
+
+def across(
+    model: Any, tokens: Tensor, first: int, last: int
+) -> tuple[Tensor, dict[str, Any], Tensor]:
+    """Hidden states before layer `first`, what else it was given, and those after layer `last`."""
+    layers = model.get_decoder().layers
+    seen: list[Any] = []
+
+    def before(module: Any, args: Any, named: dict[str, Any]) -> None:
+        seen.extend((args[0] if args else named.pop("hidden_states"), named))
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+        raise _Enough
+
+    hooks = (
+        layers[first].register_forward_pre_hook(before, with_kwargs=True),
+        layers[last].register_forward_hook(after),
+    )
+    try:
+        model.get_decoder()(input_ids=tokens, use_cache=False)
+    except _Enough:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    inputs, named, wanted = seen
+    return inputs, named, wanted
+
 
 def freeze(model: nn.Module, checkpoint: Checkpoint, settings: HealSettings) -> None:
     """Let only what `settings.train` names learn; a removed sub-block stays removed."""
+    if settings.lora_rank is not None:
+        from shortstack.prune.heal.lora import add_lora
+
+        add_lora(model, checkpoint, settings.lora_rank)
+        return
     layers = trained_layers(checkpoint, settings)
-    family, found = checkpoint.family, False
     for name, parameter in model.named_parameters():
-        layer = family.layer_of(name)
-        gone = any(
-            layer in gone_layers and f".{'self_attn' if part == 'attention' else 'mlp'}." in name
-            for part, gone_layers in checkpoint.removed.items()
-        )
-        wanted = not gone and (layers is None or layer in layers)
-        parameter.requires_grad_(wanted)
-        found |= wanted
-    if not found:
-        raise ShortstackError(f"train {settings.train!r} leaves nothing to train. Name a layer.")
+        wanted = layers is None or checkpoint.family.layer_of(name) in layers
+        parameter.requires_grad_(wanted and not is_gone(name, checkpoint))
+
+
+def is_gone(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether a tensor is of a sub-block that was removed alone: it is left out of exports, so
+    that its zeros must stay."""
+    layer = checkpoint.family.layer_of(name)
+    inner = {"attention": ".self_attn.", "mlp": ".mlp."}
+    return any(layer in gone and inner[part] in name for part, gone in checkpoint.removed.items())
 
 
 def trained_layers(checkpoint: Checkpoint, settings: HealSettings) -> frozenset[int] | None:

@@ -9,25 +9,30 @@ from typing import Literal
 
 from shortstack.errors import ShortstackError, unknown
 
-LOSSES = ("kl", "ce", "mix")
+LOSSES = ("kl", "ce", "mix", "mse")
 TRAINED = ("all", "lora:RANK", "layers:3,4", "neighbours")
 DTYPES = ("auto", "float32", "bfloat16")
-Loss = Literal["kl", "ce", "mix"]
+Loss = Literal["kl", "ce", "mix", "mse"]
 
 
 @dataclass(frozen=True)
 class HealSettings:
     """One healing run.
 
-    `tokens` is the budget of tokens the student sees; `batch_windows` the windows of one step over
-    all processes, so that their number does not change the result. `loss`: `kl` forward
-    KL(teacher || student), `ce` the next token, `mix` alpha * kl + (1 - alpha) * ce. `top_k`: how
-    many of the teacher's logits count one by one, the rest as one sum; None for all. `train`:
-    `all`, `lora:RANK`, `layers:3,4` (numbers in the student) or `neighbours` (the layers on either
-    side of a cut). `warmup` is a share of the steps; then the rate falls as a cosine to
+    `tokens` is the budget of tokens the student sees (0: it is only measured); `batch_windows` the
+    windows of one step over all processes, so that their number does not change the result.
+
+    `loss`: `kl` forward KL(teacher || student); `ce` the next token; `mix` alpha * kl +
+    (1 - alpha) * ce; `mse` hidden states: the student's layer `replaces[0]` is to do what the
+    teacher's layers `replaces[0]` to `replaces[1]` (counted in) do. `top_k`: how many of the
+    teacher's logits count one by one, the rest as one sum; None for all.
+
+    `train`: `all`, `lora:RANK`, `layers:3,4` (numbers in the student) or `neighbours` (the layers
+    on either side of a cut). `warmup` is a share of the steps; then the rate falls as a cosine to
     `final_rate` times `learning_rate`. `micro_windows`: windows a process runs at once (None:
-    chosen for the device); halved once when memory is out. Intervals are in steps; None: a tenth
-    of the run.
+    chosen for the device); halved once when memory is out. `eval_steps`: None for a tenth of the
+    run; `save_steps`: None for one state every two minutes. `keep_float32` stores what was trained
+    in float32, not in the type it had.
     """
 
     tokens: int
@@ -47,7 +52,8 @@ class HealSettings:
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
-    log_steps: int = 10
+    replaces: tuple[int, int] | None = None
+    keep_float32: bool = False
     eval_steps: int | None = None
     save_steps: int | None = None
 
@@ -58,6 +64,11 @@ class HealSettings:
             raise unknown("dtype", self.dtype, DTYPES)
         if not re.fullmatch(r"all|neighbours|lora:[1-9]\d{0,3}|layers:\d+(,\d+)*", self.train):
             raise unknown("choice of what to train", self.train, TRAINED)
+        if (self.loss == "mse") != (self.replaces is not None):
+            raise ShortstackError(
+                "loss 'mse' compares hidden states across replaced layers: it is what "
+                "shortstack streamline trains with. Choose kl, ce or mix."
+            )
         self._check_numbers()
 
     @property
@@ -78,13 +89,14 @@ class HealSettings:
         share = self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * at))
         return self.learning_rate * share
 
-    def interval(self, wanted: int | None) -> int:
-        return wanted or max(1, self.steps // 10)
+    @property
+    def steps_between_evaluations(self) -> int:
+        return self.eval_steps or max(1, self.steps // 10)
 
     def _check_numbers(self) -> None:
         least = {
-            **{"tokens": 1, "window_tokens": 8, "batch_windows": 1, "micro_windows": 1},
-            **{"top_k": 1, "log_steps": 1, "eval_steps": 1, "save_steps": 1},
+            **{"tokens": 0, "window_tokens": 8, "batch_windows": 1, "micro_windows": 1},
+            **{"top_k": 1, "eval_steps": 1, "save_steps": 1},
         }
         for name, bound in least.items():
             value = getattr(self, name)

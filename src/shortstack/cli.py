@@ -210,6 +210,7 @@ app.command()(cli_heal.heal)
 app.command("eval")(cli_eval.evaluate)
 app.command()(cli_repair.repair)
 app.command()(cli_trim.trim)
+app.command()(cli_heal.streamline)
 
 
 def _version(wanted: bool) -> None:

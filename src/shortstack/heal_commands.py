@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,9 @@ from shortstack.prune.heal.data import Documents, mix, packed_windows, read_docu
 from shortstack.prune.heal.settings import HealSettings
 from shortstack.tokens import Encoder
 
+CHOICE_WINDOWS = 16
+"""Training windows on which the run of LLM-Streamline is chosen."""
+
 
 @dataclasses.dataclass(frozen=True)
 class HealText:
@@ -25,6 +31,11 @@ class HealText:
     general: tuple[str, ...] = ()
     share: float = 0.5
     selection_windows: int = 32
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks, of those that were launched together."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def heal_model(
@@ -44,7 +55,7 @@ def heal_model(
     from shortstack.prune.heal.train import heal
 
     check_ours(out, "heal")
-    main = int(os.environ.get("RANK", "0")) == 0
+    first = is_first()
     cut = _folder(student)
     original = None if teacher is None else _folder(teacher)
     check_apart(out, [cut.path, *([original.path] if original else [])])
@@ -59,25 +70,85 @@ def heal_model(
     kept = finished(out, key)
     if kept is None:
         with display.step("Heal") as progress:
-            if main:
-                with staged(out, "heal") as partial:
-                    healed, facts = heal(
-                        cut,
-                        original,
-                        train,
-                        selection,
-                        partial,
-                        settings,
-                        progress=progress,
-                        note=display.note,
-                    )
-                    facts = {**facts, "source_sha256": cut.sha256, "sha256": healed.sha256}
-                    kept = write_manifest(partial, "heal", key, {"heal": facts})
-            else:
-                partial = out.resolve().with_name(f".{out.name}.partial")
-                _, facts = heal(cut, original, train, selection, partial, settings)
-                return {"checkpoint": str(out), **facts}
+            run = functools.partial(heal, cut, original, train, selection)
+            target = out.resolve()
+            state = target.with_name(f".{target.name}.healing")
+            partial = target.with_name(f".{target.name}.partial")  # of the first process
+            if not first:
+                return run(partial, settings, state=state)[1]
+            with staged(out, "heal") as partial:
+                healed, facts = run(
+                    partial, settings, progress=progress, note=display.note, state=state
+                )
+                facts = {**facts, "source_sha256": cut.sha256, "sha256": healed.sha256}
+                kept = write_manifest(partial, "heal", key, {"heal": facts})
     return {"checkpoint": str(out), **kept["heal"]}
+
+
+def streamline_model(
+    model: str,
+    drop: int,
+    text: HealText,
+    out: Path,
+    settings: HealSettings,
+    *,
+    objective: str,
+    replacement: str,
+    display: Display,
+) -> dict[str, Any]:
+    """Put one trained layer in the place of a run; `out` becomes a Hugging Face folder."""
+    require(("torch", "transformers", "accelerate"), "heal", "LLM-Streamline")
+    from shortstack.prune.streamline import plan_run, streamline
+
+    check_ours(out, "streamline")
+    original = _folder(model)
+    check_apart(out, [original.path])
+    train, selection = windows_for(original, text, settings)
+    inputs = {
+        "model": original.sha256,
+        "text": [train, selection],
+        "choice": [drop, objective, replacement],
+        "settings": dataclasses.asdict(settings),
+    }
+    key = step_key("streamline", inputs)
+    kept = finished(out, key)
+    if kept is None:
+        state = out.resolve().with_name(f".{out.name}.healing")
+        with staged(out, "streamline") as partial, _work(out) as work:
+            with display.step("Choose the run"):
+                plan = plan_run(original, train[:CHOICE_WINDOWS], drop, replacement)
+            with display.step("Train the replacement") as progress:
+                made, facts = streamline(
+                    original,
+                    plan,
+                    train,
+                    selection,
+                    work,
+                    partial,
+                    settings,
+                    objective=objective,
+                    progress=progress,
+                    note=display.note,
+                    state=state,
+                )
+            facts = {
+                **{"run": plan.facts["run"], "drop": list(plan.drop)},
+                **{"objective": objective, "replacement": replacement},
+                **{"source_sha256": original.sha256, "sha256": made.sha256, **facts},
+            }
+            kept = write_manifest(partial, "streamline", key, {"streamline": facts})
+    return {"checkpoint": str(out), **kept["streamline"]}
+
+
+@contextlib.contextmanager
+def _work(out: Path) -> Iterator[Path]:
+    folder = out.resolve().with_name(f".{out.name}.work.partial")
+    shutil.rmtree(folder, ignore_errors=True)  # what a hard kill left
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def windows_for(

@@ -2,56 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from tests.healing import LENGTH, Windows, read, settings
 
-from shortstack import prune
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
-from shortstack.prune.heal.data import packed_windows
-from shortstack.prune.heal.settings import HealSettings
+from shortstack.pretrained import load
+from shortstack.prune.heal import lora
 from shortstack.prune.heal.train import heal
-from shortstack.prune.plan import PrunePlan
-from shortstack.shards import ShardReader
-from shortstack.text import open_corpus
-from shortstack.tokens import Encoder
-
-TINY = Path(__file__).parents[2] / "data" / "tiny"
-LENGTH = 64
-Windows = tuple[list[list[int]], list[list[int]]]
-
-
-@pytest.fixture(scope="module")
-def original() -> Checkpoint:
-    return Checkpoint.open(TINY)
-
-
-@pytest.fixture(scope="module")
-def cut(original: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    plan = PrunePlan(6, (3,), "explicit", attention=(1,))
-    return prune.apply_plan(original, plan, tmp_path_factory.mktemp("cut"))
-
-
-@pytest.fixture(scope="module")
-def windows(original: Checkpoint) -> Windows:
-    corpus, encoder = open_corpus("spdx"), Encoder(original)
-    return (
-        packed_windows(corpus.calibration[:40], encoder.encode, LENGTH),
-        packed_windows(corpus.selection[:8], encoder.encode, LENGTH)[:16],
-    )
-
-
-def settings(**changed: Any) -> HealSettings:
-    usual: dict[str, Any] = {"tokens": 10 * 8 * LENGTH, "window_tokens": LENGTH, "batch_windows": 8}
-    return HealSettings(**{**usual, "device": "cpu", "learning_rate": 1e-3, **changed})
-
-
-def read(checkpoint: Checkpoint) -> dict[str, bytes]:
-    with ShardReader(checkpoint) as reader:
-        return {name: b"".join(reader.chunks(name)) for name in checkpoint.tensors}
 
 
 @pytest.mark.parametrize("loss", ["kl", "ce", "mix"])
@@ -68,6 +31,16 @@ def test_loss_falls_and_perplexity_improves(
     assert not np.frombuffer(read(healed)[name], np.uint8).any()
 
 
+def test_the_perplexity_told_is_that_of_the_folder(
+    cut: Checkpoint, original: Checkpoint, windows: Windows, tmp_path: Path
+) -> None:
+    healed, facts = heal(cut, original, *windows, tmp_path, settings())
+    tokens = torch.tensor(windows[1])
+    with torch.no_grad():
+        loss = load(healed.path, torch.float32)(tokens, labels=tokens).loss
+    assert facts["perplexity_after"] == pytest.approx(math.exp(loss), rel=1e-5)
+
+
 def test_only_the_neighbours_of_the_cut_learn(
     cut: Checkpoint, original: Checkpoint, windows: Windows, tmp_path: Path
 ) -> None:
@@ -77,6 +50,128 @@ def test_only_the_neighbours_of_the_cut_learn(
     assert changed == {2, 3}
 
 
-def test_kl_needs_a_teacher(cut: Checkpoint, windows: Windows, tmp_path: Path) -> None:
-    with pytest.raises(ShortstackError, match="--teacher"):
-        heal(cut, None, *windows, tmp_path, settings())
+def test_lora_is_merged_into_ordinary_weights(
+    cut: Checkpoint, original: Checkpoint, windows: Windows, tmp_path: Path
+) -> None:
+    chosen = settings(train="lora:4", keep_float32=True, learning_rate=1e-2)
+    healed, facts = heal(cut, original, *windows, tmp_path, chosen)
+    assert facts["perplexity_after"] < 0.9 * facts["perplexity_before"]
+    assert facts["perplexity_after"] == pytest.approx(facts["history"][-1]["perplexity"], rel=1e-5)
+    assert healed.tensors.keys() == cut.tensors.keys()
+    before, after = read(cut), read(healed)
+    changed = {name for name in before if before[name] != after[name]}
+    assert all("_proj" in name for name in changed)
+    assert not any("layers.1.self_attn" in name for name in changed)  # removed
+
+
+def test_merged_updates_compute_what_unmerged_do(cut: Checkpoint) -> None:
+    model = load(cut.path, torch.float32)
+    lora.add_lora(model, cut, 4)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.05)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        plain = load(cut.path, torch.float32)(tokens).logits
+        unmerged = model(tokens).logits
+        lora.merge_lora(model)
+        merged = model(tokens).logits
+    assert (unmerged - plain).abs().max() > 0.1
+    torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-4)
+
+
+def test_where_healing_never_helps_the_student_is_kept(
+    cut: Checkpoint, original: Checkpoint, windows: Windows, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    chosen = settings(learning_rate=3.0, loss="ce", eval_steps=5)
+    healed, facts = heal(cut, original, *windows, tmp_path, chosen, note=said.append)
+    assert facts["best_step"] == 0
+    assert facts["perplexity_after"] == facts["perplexity_before"]
+    assert any("did not lower" in text for text in said)
+    assert read(healed) == read(cut)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    cut: Checkpoint, original: Checkpoint, windows: Windows, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    chosen = settings(learning_rate=1e30, warmup=0.0)
+    healed, facts = heal(cut, original, *windows, tmp_path, chosen, note=said.append)
+    assert "the loss of step 2 is nan" in facts["stopped"]
+    assert any("step 2" in text for text in said)
+    assert read(healed) == read(cut)
+
+
+def test_out_of_memory_halves_the_batch_once(
+    cut: Checkpoint, original: Checkpoint, windows: Windows, tmp_path: Path
+) -> None:
+    def full(module: object, arguments: tuple[object, ...]) -> None:
+        if isinstance(module, torch.nn.Embedding):
+            (tokens,) = arguments
+            assert isinstance(tokens, torch.Tensor)
+            if len(tokens) > room:
+                raise torch.OutOfMemoryError("out of memory")
+
+    whole, _ = heal(cut, original, *windows, _made(tmp_path / "a"), settings(keep_float32=True))
+    said: list[str] = []
+    training, selection = windows[0], windows[1][:4]
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(full)
+    try:
+        room = 4
+        halved, facts = heal(
+            cut,
+            original,
+            training,
+            selection,
+            _made(tmp_path / "b"),
+            settings(keep_float32=True),
+            note=said.append,
+        )
+        room = 1
+        with pytest.raises(ShortstackError, match="out of memory with 4 windows"):
+            heal(cut, original, training, selection[:1], _made(tmp_path / "c"), settings())
+    finally:
+        hook.remove()
+    assert [text for text in said if "out of memory: 4 windows" in text]
+    assert facts["steps"] == 10
+    for name, data in read(whole).items():
+        if whole.tensors[name].dtype == "F32":
+            np.testing.assert_allclose(
+                np.frombuffer(data, np.float32),
+                np.frombuffer(read(halved)[name], np.float32),
+                atol=2e-4,
+            )
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"loss": "kl"}, "--teacher"),
+        ({"loss": "ce", "train": "layers:9"}, "no layer 9"),
+        ({"loss": "ce", "train": "layers"}, "layers:3,4"),
+        ({"loss": "mse"}, "streamline"),
+        ({"loss": "huber"}, "huber"),
+        ({"loss": "ce", "learning_rate": math.nan}, "learning_rate"),
+        ({"loss": "ce", "tokens": -1}, "tokens is -1"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    cut: Checkpoint, windows: Windows, tmp_path: Path, changed: dict[str, str], said: str
+) -> None:
+    with pytest.raises(ShortstackError, match=said):
+        heal(cut, None, *windows, tmp_path, settings(**changed))
+
+
+def test_too_little_text_is_refused(
+    cut: Checkpoint, original: Checkpoint, windows: Windows, tmp_path: Path
+) -> None:
+    with pytest.raises(ShortstackError, match="training windows"):
+        heal(cut, original, [], windows[1], tmp_path, settings())
+    with pytest.raises(ShortstackError, match="selection windows"):
+        heal(cut, original, windows[0], [[1] * LENGTH, [1]], tmp_path, settings())
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
