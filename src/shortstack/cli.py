@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from shortstack import __version__, cli_eval
+from shortstack import __version__, cli_eval, cli_lm_eval
 from shortstack.cli_shared import (
     DryRun,
     JsonOption,
@@ -204,6 +204,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
 
 app.command("eval")(cli_eval.evaluate)
+app.command("lm-eval", context_settings=cli_lm_eval.SETTINGS)(cli_lm_eval.lm_eval)
 
 
 def _version(wanted: bool) -> None:
