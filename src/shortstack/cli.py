@@ -14,6 +14,7 @@ from shortstack import __version__, cli_heal
 from shortstack import __version__, cli_eval
 from shortstack import __version__, cli_repair
 from shortstack import __version__, cli_trim
+from shortstack import __version__, cli_eval, cli_lm_eval
 from shortstack.cli_shared import (
     DryRun,
     JsonOption,
@@ -211,6 +212,7 @@ app.command("eval")(cli_eval.evaluate)
 app.command()(cli_repair.repair)
 app.command()(cli_trim.trim)
 app.command()(cli_heal.streamline)
+app.command("lm-eval", context_settings=cli_lm_eval.SETTINGS)(cli_lm_eval.lm_eval)
 
 
 def _version(wanted: bool) -> None:

@@ -131,6 +131,8 @@ def _score_all(
                 ) -> Mapping[str, Any]:
                     scored = examinee.score(spec, progress)
                     _write(partial / "rows.json", scored["rows"])
+                    if scored["info"].get("batches_halved"):
+                        folder.display.note("out of memory: batches were halved, nothing is lost")
                     return {"info": scored["info"], "score_s": round(scored["score_s"], 3)}
 
                 name = f"scores/{target.label}/{spec.name}"

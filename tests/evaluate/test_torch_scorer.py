@@ -119,6 +119,28 @@ def test_a_model_in_memory_stays_as_it_was(tiny: Path) -> None:
     assert model.training
 
 
+def test_a_batch_that_memory_does_not_hold_is_halved(tiny: Path) -> None:
+    model = load(tiny, torch.float32)
+
+    def refuse(module: object, given: tuple[torch.Tensor]) -> None:
+        if given[0].shape[0] > 4:
+            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    model.get_input_embeddings().register_forward_pre_hook(refuse)
+    # choices that share nothing: each is a group of its own
+    pairs: list[Pair] = [([3 + n, 9, 11 + n], [7, 8]) for n in range(20)]
+    with TorchScorer(tiny) as scorer:
+        wanted = scorer.log_likelihoods(pairs)
+    with TorchScorer(model) as scorer:
+        found = scorer.log_likelihoods(pairs)
+        assert scorer.info["batches_halved"] == 1 + 2 + 4
+        with pytest.raises(ShortstackError, match="out of memory on cpu with one question"):
+            scorer.log_likelihoods([([*range(10, 60)], [70 + n]) for n in range(5)])
+    np.testing.assert_allclose(
+        [one.sum_nats for one in found], [one.sum_nats for one in wanted], atol=1e-4
+    )
+
+
 def test_an_unknown_dtype_is_refused(tiny: Path) -> None:
     with pytest.raises(ShortstackError, match="unknown dtype 'float8'"):
         TorchScorer(tiny, dtype="float8")

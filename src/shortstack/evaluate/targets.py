@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,11 @@ class Target:
         if self.path.suffix == ".gguf":
             header = read_header(self.path)
             return header.integer(f"{header.text('general.architecture')}.context_length") or None
-        config = self.path / "config.json"
+        genai, config = self.path / "genai_config.json", self.path / "config.json"
+        if genai.is_file():
+            length = _json(genai)["model"].get("context_length")
+            # at its maximal length a generator of onnxruntime-genai takes no logits back
+            return length and int(length) - (self.runtime == "onnxruntime-genai")
         return context_tokens(_json(config)) if config.is_file() else None
 
 
@@ -187,6 +192,4 @@ def _n_layers(path: Path, fmt: str, place: Path) -> int | None:
 
 
 def _json(file: Path) -> Any:
-    import json
-
     return json.loads(file.read_text(encoding="utf-8"))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from shortstack.checkpoint import Checkpoint
-from shortstack.errors import ShortstackError, require, unknown
+from shortstack.errors import ShortstackError, one_line, require, unknown
 from shortstack.evaluate.scorer import Pair, Scored, Stop, check_pairs
 from shortstack.families import context_tokens
 from shortstack.progress import OnProgress, silent
@@ -74,6 +74,7 @@ class TorchScorer:
         self.max_tokens = max_tokens or _context(source, config)
         self._scale = 1 / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
         self._cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        self._halved = 0
         self._batch_tokens = batch_tokens or BATCH_TOKENS.get(self._device.type, 32768)
 
     @property
@@ -88,6 +89,8 @@ class TorchScorer:
             "device": str(self._device),
             "dtype": str(self._model.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
+            "batch_tokens": self._batch_tokens,
+            "batches_halved": self._halved,
         }
 
     def log_likelihoods(self, pairs: Sequence[Pair], progress: OnProgress = silent) -> list[Scored]:
@@ -165,12 +168,32 @@ class TorchScorer:
         found: list[Scored | None] = [None] * len(rows)
         done = 0
         groups = list(_groups(rows))
-        for batch in _batches(groups, self._batch_tokens):
-            for row, scored in self._run(batch):
+        for batch in _batches(groups, lambda: self._batch_tokens):
+            for row, scored in self._run_or_halve(batch):
                 found[row.index] = scored
                 done += 1
             progress(done, len(rows))
         return [scored for scored in found if scored is not None]
+
+    def _run_or_halve(self, groups: list[_Group]) -> list[tuple[_Row, Scored]]:
+        """Score groups; where memory does not hold them, in two halves, and say so in `info`."""
+        import torch
+
+        try:
+            return list(self._run(groups))
+        except torch.OutOfMemoryError as error:
+            words = one_line(str(error), 200)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(groups) == 1:
+            raise ShortstackError(
+                f"out of memory on {self._device} with one question or window at a time: {words} "
+                "Give shorter rows, a smaller --dtype, or another --device."
+            )
+        self._batch_tokens = max(1, self._batch_tokens // 2)
+        self._halved += 1
+        half = len(groups) // 2
+        return self._run_or_halve(groups[:half]) + self._run_or_halve(groups[half:])
 
     def _run(self, groups: list[_Group]) -> Iterator[tuple[_Row, Scored]]:
         """Score groups with one shared beginning each, all of one length."""
@@ -280,8 +303,11 @@ def _groups(rows: Sequence[_Row]) -> Iterator[_Group]:
         start = end
 
 
-def _batches(groups: Sequence[_Group], limit: int) -> Iterator[list[_Group]]:
-    """Groups of about one length together, long ones first: what does not fit fails at once."""
+def _batches(groups: Sequence[_Group], limit: Callable[[], int]) -> Iterator[list[_Group]]:
+    """Groups of about one length together, long ones first: what does not fit fails at once.
+
+    `limit` says how many tokens a batch may have, asked anew for each.
+    """
     order = sorted(groups, key=lambda group: (-group.shared, -group.cost))
     batch: list[_Group] = []
     n_rows = width = 0
@@ -290,7 +316,7 @@ def _batches(groups: Sequence[_Group], limit: int) -> Iterator[list[_Group]]:
         width = max(width, *(len(row.tokens) for row in group.rows))
         # what a group shares beyond the batch's least is run again for each of its rows
         waste = batch[0].shared - group.shared if batch else 0
-        if batch and (n_rows * width > limit or waste > LEAST_SHARED):
+        if batch and (n_rows * width > limit() or waste > LEAST_SHARED):
             yield batch
             batch, n_rows, width = [], len(group.rows), max(len(row.tokens) for row in group.rows)
         batch.append(group)
