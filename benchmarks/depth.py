@@ -115,8 +115,9 @@ def training_windows(asked: argparse.Namespace, checkpoint: Checkpoint) -> list[
 def score(checkpoint: Checkpoint, asked: argparse.Namespace, device: str) -> dict[str, Any]:
     """Selection figures; with --test those of the test rows, too."""
     from shortstack.evaluate import metrics
-    from shortstack.evaluate.choice import score_choices, subset
+    from shortstack.evaluate.choice import score_choices
     from shortstack.evaluate.codec import FolderCodec
+    from shortstack.evaluate.subsets import subset
     from shortstack.evaluate.torch_scorer import TorchScorer
     from shortstack.questions import open_questions
 

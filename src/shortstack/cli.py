@@ -10,11 +10,7 @@ from typing import Annotated
 
 import typer
 
-from shortstack import __version__, cli_heal
-from shortstack import __version__, cli_eval
-from shortstack import __version__, cli_repair
-from shortstack import __version__, cli_trim
-from shortstack import __version__, cli_eval, cli_lm_eval
+from shortstack import __version__, cli_eval, cli_heal, cli_lm_eval, cli_repair, cli_trim
 from shortstack.cli_shared import (
     DryRun,
     JsonOption,
