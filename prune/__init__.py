@@ -13,6 +13,7 @@ from shortstack.progress import OnProgress, silent
 from shortstack.prune.apply import apply_plan
 from shortstack.prune.plan import PrunePlan, Removal, parse_drop, parse_removal
 from shortstack.prune.predict import predict_prune, preview
+from shortstack.prune.sources import cut_identity
 
 __all__ = [
     "METHODS",
@@ -20,6 +21,7 @@ __all__ = [
     "PrunePlan",
     "Removal",
     "apply_plan",
+    "cut_identity",
     "parse_drop",
     "parse_removal",
     "planner",
@@ -30,16 +32,31 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Method:
-    """One way to choose layers: where its planner is, and whether it reads the user's text."""
+    """One way to choose layers: where its planner is, and whether it reads the user's text.
+
+    `sub_blocks`: what it counts and removes are sub-blocks, not layers.
+    """
 
     target: str
     needs_text: bool
+    sub_blocks: bool = False
 
 
 METHODS = {
+    "angular": Method("shortstack.prune.angular:angular", needs_text=True),
+    "cosine-run": Method("shortstack.prune.cosine_run:cosine_run", needs_text=True),
+    "every": Method("shortstack.prune.methods:every", needs_text=False),
     "explicit": Method("shortstack.prune.methods:explicit", needs_text=False),
+    "greedy": Method("shortstack.prune.greedy:greedy", needs_text=True),
     "influence": Method("shortstack.prune.influence:influence", needs_text=True),
+    "laco": Method("shortstack.prune.laco:laco", needs_text=True),
+    "last": Method("shortstack.prune.methods:last", needs_text=False),
     "perplexity": Method("shortstack.prune.leave_one_out:perplexity", needs_text=True),
+    "random": Method("shortstack.prune.methods:at_random", needs_text=False),
+    "repaired": Method("shortstack.prune.repaired:repaired", needs_text=True),
+    "shapley": Method("shortstack.prune.shapley:shapley", needs_text=True),
+    "sub-block": Method("shortstack.prune.sub_block:sub_block", needs_text=True, sub_blocks=True),
+    "taylor": Method("shortstack.prune.taylor:taylor", needs_text=True),
 }
 """Name -> method. A new one: a module and a line here."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,13 @@ def _with_removed(
     nested = checkpoint.family.nested
     level = dict(config[nested]) if nested else config
     new_number = {old: new for new, old in enumerate(plan.keep)}
-    earlier = level.get(REMOVED) or {}
+    before = {str(part): layers for part, layers in checkpoint.removed.items()}
     gone = {
-        part: sorted({*earlier.get(part, ()), *(new_number[layer] for layer in layers)})
+        part: [
+            new_number[layer]
+            for layer in plan.keep
+            if layer in layers or _stays_removed(plan, layer, before.get(part, ()))
+        ]
         for part, layers in (("attention", plan.attention), ("mlp", plan.mlp))
     }
     empty = sorted(set(gone["attention"]) & set(gone["mlp"]))
@@ -73,9 +77,19 @@ def _with_removed(
             f"nothing of layer {plan.keep[empty[0]]} would be left: its other sub-block is gone "
             "already. Drop the whole layer."
         )
+    level.pop(REMOVED, None)
     if any(gone.values()):
         level[REMOVED] = gone
     return {**config, nested: level} if nested else level
+
+
+def _stays_removed(plan: PrunePlan, layer: int, gone: Sequence[int]) -> bool:
+    """Whether a sub-block that an earlier cut emptied in the layers `gone` is still empty here:
+    a replaced layer has its own, a merged one those of the layers that it is made of."""
+    if layer in plan.replace:
+        return False
+    made_of = [source for source, weight in plan.merge.get(layer, {layer: 1.0}).items() if weight]
+    return all(source in gone for source in made_of)
 
 
 def apply_plan(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import MissingExtraError, ShortstackError, one_line, unknown
+from shortstack.families.table import PARTS, Part
 from shortstack.pretrained import attention_of, config_of, layers_return_tuples
 
 if TYPE_CHECKING:
@@ -22,15 +23,18 @@ class LayerwiseModel:
     """A transformers model whose layers are called one at a time, on equal-shaped batches.
 
     The model itself makes masks and rotations: they are recorded once for each batch shape and
-    given to every call of a layer. `evaluations` counts those calls.
+    given to every call of a layer. `evaluations` counts those calls, `layer_tokens` the tokens in
+    them.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: str = "auto") -> None:
         self.dtype = choose_dtype(dtype)
         self._model = _load(checkpoint, self.dtype)
         self._layers = list(self._model.get_decoder().layers)
+        self._outputs = checkpoint.family.outputs
         self._arguments: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         self.evaluations = 0
+        self.layer_tokens = 0
 
     @property
     def n_layers(self) -> int:
@@ -42,12 +46,88 @@ class LayerwiseModel:
         self._arguments[tuple(hidden.shape)] = arguments
         return hidden
 
-    def layer(self, index: int, hidden: Tensor) -> Tensor:
-        """Hidden states after layer `index`."""
+    def layer(
+        self,
+        index: int,
+        hidden: Tensor,
+        without: Collection[Part] = (),
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states after layer `index`.
+
+        `without` leaves sub-blocks out as a cut checkpoint does: their output projection gives
+        zero, so that norms behind it and multipliers act as they will. Both left out is no layer
+        at all: the states pass, and nothing is counted. `tensors` stand in for the layer's own.
+        """
+        from torch.func import functional_call
+
+        if len(set(without)) == len(PARTS):
+            return hidden
         self.evaluations += 1
-        arguments = self._arguments[tuple(hidden.shape)][index]
-        result: Tensor = _first(self._layers[index](hidden, **arguments))
+        self.layer_tokens += hidden.shape[0] * hidden.shape[1]
+        layer, arguments = self._layers[index], self._arguments[tuple(hidden.shape)][index]
+        with contextlib.ExitStack() as stack:
+            for part in without:
+                projection = layer.get_submodule(self._outputs[part])
+                stack.enter_context(_replaced_forward(projection, _zeros_from(projection)))
+            if tensors is None:
+                made = layer(hidden, **arguments)
+            else:
+                made = functional_call(layer, dict(tensors), (hidden,), arguments)
+        result: Tensor = _first(made)
         return result
+
+    def layer_and_mlp(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states after layer `index`, and what its MLP gave before it was added."""
+        outputs: list[Tensor] = []
+
+        def note(module: Any, given: Any, output: Any) -> None:
+            outputs.append(_first(output))
+
+        handle = self._layers[index].mlp.register_forward_hook(note)
+        try:
+            return self.layer(index, hidden), outputs[0]
+        finally:
+            handle.remove()
+
+    def states(self, tokens: Tensor) -> Iterator[Tensor]:
+        """Hidden states of the whole model: before layer 0, then after each layer."""
+        hidden = self.embed(tokens)
+        yield hidden
+        for index in range(self.n_layers):
+            hidden = self.layer(index, hidden)
+            yield hidden
+
+    def blend(self, weights: Mapping[int, float]) -> dict[str, Tensor]:
+        """Weighted sums of the tensors of several layers, in float32, rounded once."""
+        sources = {index: dict(self._layers[index].named_parameters()) for index in weights}
+        return {
+            name: sum(
+                weight * sources[index][name].float() for index, weight in weights.items()
+            ).to(self.dtype)
+            for name in next(iter(sources.values()))
+        }
+
+    def matrices(self, index: int) -> list[Tensor]:
+        """The weight matrices of a layer, not its norms and biases."""
+        return [weight for weight in self._layers[index].parameters() if weight.ndim > 1]
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Mean nats a token of the whole model, with gradients for what asks for them."""
+        made: Tensor = self._model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        return made
+
+    def freeze(self) -> None:
+        """Ask for gradients of nothing; the caller turns on what it wants."""
+        self._model.requires_grad_(False)
+
+    def final(self, hidden: Tensor) -> Tensor:
+        """What the head reads at every position that predicts a token, (positions, width).
+
+        `hidden` is what the last layer gave.
+        """
+        made: Tensor = self._model.get_decoder().norm(hidden[:, :-1]).flatten(0, 1)
+        return made
 
     def nats(self, hidden: Tensor, tokens: Tensor) -> float:
         """Negative log likelihood of every token but the first of each window, summed.
@@ -56,16 +136,30 @@ class LayerwiseModel:
         """
         from shortstack.prune.scoring import negative_log_likelihood
 
+        head, bias, shaping = self._head()
+        targets = tokens[:, 1:].flatten()
+        return negative_log_likelihood(self.final(hidden), head, targets, bias, **shaping)
+
+    def divergences(self, reference: Tensor, hidden: Sequence[Tensor]) -> list[float]:
+        """KL divergence from the logits of `reference` to those of each of `hidden`, summed over
+        the positions that predict a token, in nats.
+
+        `reference` is `final` of the model to compare with, each of `hidden` what the last layer
+        of a variant gave.
+        """
+        from shortstack.prune.scoring import kl_divergences
+
+        head, bias, shaping = self._head()
+        finals = [self.final(states) for states in hidden]
+        return kl_divergences(reference, finals, head, bias, **shaping)
+
+    def _head(self) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
         head, config = self._model.get_output_embeddings(), self._model.config.get_text_config()
-        final = self._model.get_decoder().norm(hidden[:, :-1]).flatten(0, 1)
-        return negative_log_likelihood(
-            final,
-            head.weight,
-            tokens[:, 1:].flatten(),
-            head.bias,
-            scale=1 / (getattr(config, "logits_scaling", None) or 1.0),  # Granite
-            cap=getattr(config, "final_logit_softcapping", None),  # Gemma 2
-        )
+        shaping = {
+            "scale": 1 / (getattr(config, "logits_scaling", None) or 1.0),  # Granite
+            "cap": getattr(config, "final_logit_softcapping", None),  # Gemma 2
+        }
+        return head.weight, head.bias, shaping
 
     def _record(self, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """Run the model with layers that do nothing but note what they were called with."""
@@ -97,6 +191,18 @@ def batches(windows: list[list[int]]) -> list[Tensor]:
         )
     size = max(1, BATCH_TOKENS // lengths[0])
     return list(torch.tensor(windows).split(size))
+
+
+def facts_of(model: LayerwiseModel, unit: str, parts: Sequence[Tensor]) -> dict[str, Any]:
+    """What every plan records of its scoring. `layer_evaluations`: how often the whole text went
+    through one layer."""
+    n_tokens = sum(tokens.numel() for tokens in parts)
+    return {
+        "unit": unit,
+        "tokens": n_tokens,
+        "dtype": str(model.dtype).split(".")[1],
+        "layer_evaluations": round(model.layer_tokens / n_tokens, 2),
+    }
 
 
 def choose_dtype(name: str) -> torch.dtype:
@@ -162,6 +268,11 @@ def _replaced_forward(layer: Any, forward: Callable[..., Any]) -> Iterator[None]
         yield
     finally:
         del layer.forward
+
+
+def _zeros_from(projection: Any) -> Callable[[Tensor], Tensor]:
+    width = projection.weight.shape[0]
+    return lambda inputs: inputs.new_zeros(*inputs.shape[:-1], width)
 
 
 def _first(output: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from shortstack.checkpoint import Checkpoint
 from shortstack.progress import OnProgress, silent
 from shortstack.prune.plan import PrunePlan, Removal
@@ -25,7 +27,7 @@ def influence(
     free = candidates("influence", checkpoint.n_layers, drop, protect_first, protect_last)
     import torch
 
-    from shortstack.prune.calibrate import LayerwiseModel, batches
+    from shortstack.prune.calibrate import LayerwiseModel, batches, facts_of
     from shortstack.prune.scoring import block_influence
 
     parts = batches(windows)
@@ -34,14 +36,10 @@ def influence(
     with torch.inference_mode():
         model = LayerwiseModel(checkpoint, dtype)
         for tokens in parts:
-            hidden = model.embed(tokens)
-            for index in range(model.n_layers):
-                after = model.layer(index, hidden)
-                sums[index] += block_influence(hidden, after).item()
-                hidden = after
+            for index, (before, after) in enumerate(itertools.pairwise(model.states(tokens))):
+                sums[index] += block_influence(before, after).item()
                 done += 1
                 progress(done, total)
-    n_tokens = sum(tokens.numel() for tokens in parts)
-    facts = {"unit": "1 - cosine", "tokens": n_tokens, "dtype": str(model.dtype).split(".")[1]}
-    scores = tuple(total / n_tokens for total in sums)
+    facts = facts_of(model, "1 - cosine", parts)
+    scores = tuple(total / facts["tokens"] for total in sums)
     return PrunePlan(checkpoint.n_layers, pick(scores, free, drop), "influence", scores, facts)

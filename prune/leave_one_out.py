@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.progress import OnProgress, silent
+from shortstack.prune.climb import climb, whole
 from shortstack.prune.plan import PrunePlan, Removal
 from shortstack.prune.protect import candidates, pick
 
@@ -33,33 +34,31 @@ def perplexity(
     free = candidates("perplexity", checkpoint.n_layers, drop, protect_first, protect_last)
     import torch
 
-    from shortstack.prune.calibrate import LayerwiseModel, batches
+    from shortstack.prune.calibrate import LayerwiseModel, batches, facts_of
     from shortstack.prune.scoring import perplexity as as_perplexity
     from shortstack.prune.scoring import suffix_evaluations
 
     parts = batches(windows)
     total = suffix_evaluations(checkpoint.n_layers, free) * len(parts)
-    whole, without = 0.0, dict.fromkeys(free, 0.0)
+    nats, without = 0.0, dict.fromkeys(free, 0.0)
     with torch.inference_mode():
         model = LayerwiseModel(checkpoint, dtype)
         for tokens in parts:
             base, left_out = leave_one_out(
                 model, tokens, free, lambda: progress(model.evaluations, total)
             )
-            whole += base
-            for index, nats in zip(free, left_out, strict=True):
-                without[index] += nats
+            nats += base
+            for index, harmed in zip(free, left_out, strict=True):
+                without[index] += harmed
     n_predicted = sum(tokens[:, 1:].numel() for tokens in parts)
     scores = tuple(
-        (without[index] - whole) / n_predicted if index in without else None
+        (without[index] - nats) / n_predicted if index in without else None
         for index in range(checkpoint.n_layers)
     )
     facts = {
-        "unit": "nats per token",
+        **facts_of(model, "nats per token", parts),
         "tokens": n_predicted,
-        "dtype": str(model.dtype).split(".")[1],
-        "perplexity": as_perplexity(whole / n_predicted),
-        "layer_evaluations": model.evaluations,
+        "perplexity": as_perplexity(nats / n_predicted),
     }
     return PrunePlan(checkpoint.n_layers, pick(scores, free, drop), "perplexity", scores, facts)
 
@@ -72,22 +71,13 @@ def leave_one_out(
 ) -> tuple[float, list[float]]:
     """Summed nats of the whole model and, for each layer of `free`, of the model without it.
 
-    Below a dropped layer nothing changes, so its hidden states are shared: all variants climb
-    the layers together, and the variant without layer i joins at layer i with the whole model's
-    states. Layer by layer, not variant by variant: a layer's weights stay in the cache.
+    Below a dropped layer nothing changes, so its hidden states are shared (climb.climb). `step` is
+    called after each evaluation of a layer.
     """
     from shortstack.prune.heap import kept_heap
 
     with kept_heap():
-        whole = model.embed(tokens)
-        variants: list[Tensor] = []
-        for index in range(model.n_layers):
-            below = whole
-            whole = model.layer(index, whole)
-            step()
-            for at, hidden in enumerate(variants):
-                variants[at] = model.layer(index, hidden)
-                step()
-            if index in free:
-                variants.append(below)
-        return model.nats(whole, tokens), [model.nats(hidden, tokens) for hidden in variants]
+        cuts = [frozenset(), *(whole(index) for index in free)]
+        ends = climb(model, [tokens], cuts, step=step)
+        nats = [model.nats(hidden, tokens) for (hidden,) in ends]
+    return nats[0], nats[1:]

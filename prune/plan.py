@@ -7,11 +7,13 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from shortstack.errors import ShortstackError, unknown
 
 SCHEMA = 2
+FLOAT32_MAX = 3.4e38
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class PrunePlan:
                 f"dropping all {self.n_layers} layers leaves no model. Keep at least one."
             )
         self._check_changed()
+        self._check_weights()
         if self.scores and len(self.scores) != self.n_layers:
             raise ShortstackError(
                 f"the plan has {len(self.scores)} scores for {self.n_layers} layers. Plan again."
@@ -106,6 +109,17 @@ class PrunePlan:
                 f"layer {twice[0]} is changed in two ways by the plan. Choose one of them."
             )
 
+    def _check_weights(self) -> None:
+        """A layer made of nothing would be zeros, which no runtime would find strange."""
+        for layer, parts in self.merge.items():
+            wrong = [w for w in parts.values() if not -FLOAT32_MAX <= w <= FLOAT32_MAX]
+            if wrong or not any(parts.values()):
+                fact = f"has the weight {wrong[0]}" if wrong else "adds up nothing"
+                raise ShortstackError(
+                    f"the merge into layer {layer} {fact}. Give weights of layers, e.g. "
+                    f'"{layer}": {{"{layer}": 0.5, "{(layer + 1) % self.n_layers}": 0.5}}'
+                )
+
     def to_json(self) -> str:
         data = {"schema": SCHEMA, **dataclasses.asdict(self)}
         return json.dumps(data, indent=2, allow_nan=False) + "\n"
@@ -115,7 +129,7 @@ class PrunePlan:
         """Read what `to_json` wrote. Raises ShortstackError for anything else."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ShortstackError(f"the plan is not JSON ({error}). Plan again.") from None
         names = {"schema", *(f.name for f in dataclasses.fields(cls))}
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
@@ -130,6 +144,8 @@ class PrunePlan:
             )
         if not _well_typed(data):
             raise ShortstackError("the plan has a field of the wrong type. Plan again.")
+        if not _all_finite(data):
+            raise ShortstackError("the plan has a number that is not finite. Plan again.")
         scores = tuple(None if score is None else float(score) for score in data["scores"])
         return cls(
             data["n_layers"],
@@ -145,6 +161,19 @@ class PrunePlan:
             },
             replace={int(layer): file for layer, file in data["replace"].items()},
         )
+
+
+def read_plan(file: Path) -> PrunePlan:
+    """Read a plan file. Raises ShortstackError that names the file and what is wrong in it."""
+    try:
+        return PrunePlan.from_json(file.read_text(encoding="utf-8"))
+    except ShortstackError as error:
+        raise ShortstackError(f"{file}: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        fact = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ShortstackError(
+            f"{file} is no plan that can be read: {fact}. Run: shortstack plan"
+        ) from None
 
 
 def parse_drop(text: str) -> tuple[int, ...]:
@@ -211,8 +240,20 @@ def _well_typed(data: Mapping[str, Any]) -> bool:
 
 def _maps_layers(value: Any, kind: type | tuple[type, ...]) -> bool:
     return isinstance(value, dict) and all(
-        key.isdecimal() and isinstance(item, kind) for key, item in value.items()
+        key.isdecimal()
+        and str(int(key)) == key  # "02" would be layer 2 a second time
+        and isinstance(item, kind)
+        and not isinstance(item, bool)
+        for key, item in value.items()
     )
+
+
+def _all_finite(data: Any) -> bool:
+    try:
+        json.dumps(data, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _list(layers: tuple[int, ...]) -> str:

@@ -27,17 +27,23 @@ def rewrite(
     *,
     dtype: str | None = None,
     config: Mapping[str, Any] | None = None,
+    names: Mapping[str, str] | None = None,
     progress: OnProgress = silent,
 ) -> Checkpoint:
     """Write `checkpoint` into the existing empty folder `out` with the tensors of `changed`.
 
     Everything else is copied byte for byte: other tensors, tokenizer, the plan of an earlier cut.
     Changed tensors keep the type they are stored in, or get `dtype` (F32, BF16, F16). A name that
-    the checkpoint lacks is added; `config` replaces config.json, which must then agree. Raises
-    ShortstackError for a value that is not finite, a changed shape, and a full disk.
+    the checkpoint lacks is added; `config` replaces config.json, which must then agree. `names`
+    (new name -> name in the checkpoint) copies tensors under other names; those of `changed` are
+    new ones. Raises ShortstackError for a value that is not finite, a changed shape, a full disk.
     """
     first = next(iter(checkpoint.tensors.values()))
-    infos = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+    source = {name: name for name in checkpoint.tensors} if names is None else names
+    infos = {
+        name: (checkpoint.tensors[old].dtype, checkpoint.tensors[old].shape)
+        for name, old in source.items()
+    }
     for name, values in changed.items():
         if not np.isfinite(values).all():
             raise ShortstackError(
@@ -57,7 +63,7 @@ def rewrite(
                 if name in changed:
                     writer.write(name, [to_stored(changed[name], infos[name][0])])
                 else:
-                    writer.write(name, reader.chunks(name))
+                    writer.write(name, reader.chunks(source[name]))
                 progress(done, len(writer.names))
         text = json.dumps(config or checkpoint.config, indent=2, ensure_ascii=False) + "\n"
         (out / "config.json").write_text(text, encoding="utf-8")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from shortstack.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
 from shortstack.errors import MissingExtraError, ShortstackError, one_line
@@ -85,11 +86,17 @@ class Blend:
         for start in range(0, self.info.n_bytes, CHUNK_BYTES):
             stop = min(start + CHUNK_BYTES, self.info.n_bytes)
             total = np.zeros((stop - start) // DTYPE_BYTES[self.dtype], np.float32)
-            for name, weight in self.weights.items():
-                total += np.float32(weight) * from_stored(
-                    reader.read(name, start, stop), self.dtype
+            with np.errstate(over="ignore", invalid="ignore"):  # looked for below
+                for name, weight in self.weights.items():
+                    values = from_stored(reader.read(name, start, stop), self.dtype)
+                    total += np.float32(weight) * values
+                stored = to_stored(total, self.dtype)
+            if not np.isfinite(from_stored(bytes(stored), self.dtype)).all():
+                raise ShortstackError(
+                    f"merging {', '.join(self.weights)} gives values that {self.dtype} cannot "
+                    "hold. Merge with smaller weights."
                 )
-            yield to_stored(total, self.dtype)
+            yield stored
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,18 @@ class FromFile:
                 yield chunk
 
 
+def cut_identity(plan: PrunePlan) -> dict[str, Any]:
+    """What decides the pruned model: the plan, and the content of the files that it names."""
+    if not plan.replace:
+        return plan.identity
+    content = {}
+    for layer, name in plan.replace.items():
+        _open_block(Path(name))
+        with Path(name).open("rb") as file:
+            content[str(layer)] = hashlib.file_digest(file, "sha256").hexdigest()
+    return {**plan.identity, "replace": content}
+
+
 def plan_sources(checkpoint: Checkpoint, plan: PrunePlan) -> Iterator[tuple[str, Source]]:
     """Yield (new name, source) of every tensor of the pruned model, outer ones first.
 
@@ -123,6 +142,8 @@ def plan_sources(checkpoint: Checkpoint, plan: PrunePlan) -> Iterator[tuple[str,
     family, seen = checkpoint.family, set()
     new_number = {old: new for new, old in enumerate(plan.keep)}
     files = {layer: _open_block(Path(file)) for layer, file in plan.replace.items()}
+    for changed, found in files.items():
+        _check_no_more(checkpoint, plan.replace[changed], found)
     for name, rule, shape, layer in expected_tensors(family, checkpoint.dims):
         seen.add(name)
         if name not in checkpoint.tensors or (layer is not None and layer not in new_number):
@@ -178,6 +199,11 @@ def _open_block(file: Path) -> dict[str, tuple[TensorInfo, int]]:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length))
+    except FileNotFoundError:
+        raise ShortstackError(
+            f"there is no file {file}, which the plan names under replace. Name one from where you "
+            "are, or by its whole path."
+        ) from None
     except (SafetensorError, OSError) as error:
         raise ShortstackError(
             f"{file} is not a safetensors file ({one_line(str(error), 120)}). Name one that holds "
@@ -188,6 +214,22 @@ def _open_block(file: Path) -> dict[str, tuple[TensorInfo, int]]:
         for name, e in header.items()
         if name != "__metadata__"
     }
+
+
+def _check_no_more(checkpoint: Checkpoint, file: str, found: Mapping[str, object]) -> None:
+    """A tensor that the model has no place for would be left out of it in silence."""
+    family = checkpoint.family
+    held = {
+        rule.hf
+        for name, rule, _, place in expected_tensors(family, checkpoint.dims)
+        if place is not None and name in checkpoint.tensors
+    }
+    extra = sorted(set(found) - held)
+    if extra:
+        raise ShortstackError(
+            f"{file}: {extra[0]!r} is no tensor of a layer of {checkpoint.path} ({len(extra)} "
+            "such). Name tensors as in one layer, e.g. mlp.up_proj.weight."
+        )
 
 
 def _replacement(

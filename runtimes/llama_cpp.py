@@ -104,6 +104,20 @@ class LlamaCppSession:
         memory = self._lib.llama_get_memory(self._context)
         self._lib.llama_memory_clear(memory, True)
         self._past = 0
+        return self._append(tokens, all_logits)
+
+    def resume(self, keep: int, tokens: Sequence[int]) -> NDArray[np.float32] | None:
+        memory = self._lib.llama_get_memory(self._context)
+        oldest = self._lib.llama_memory_seq_pos_min(memory, 0)
+        # layers with a window lose what lies before it: the first new token must still see it all
+        if oldest > max(0, keep - self._lib.llama_model_n_swa(self._model)):
+            return None
+        if not self._lib.llama_memory_seq_rm(memory, 0, keep, -1):
+            return None
+        self._past = keep
+        return self._append(tokens, True)
+
+    def _append(self, tokens: Sequence[int], all_logits: bool) -> NDArray[np.float32]:
         out = np.empty((len(tokens), self._n_vocab), np.float32) if all_logits else None
         for start in range(0, len(tokens), BATCH):
             part = tokens[start : start + BATCH]

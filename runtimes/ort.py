@@ -124,11 +124,26 @@ class OrtSession:
         if not self._shared:
             self._cache = self._new_cache(0)
         self._past = 0
-        ids = np.array([tokens], np.int64)
-        binding = self._bind(ids, np.arange(len(tokens), dtype=np.int64)[None], None)
-        self._run(binding, len(tokens))
-        logits = binding.get_outputs()[0].numpy()[0]
+        logits = self._append(tokens)
         return np.array(logits if all_logits else logits[-1], np.float32)
+
+    def resume(self, keep: int, tokens: Sequence[int]) -> NDArray[np.float32] | None:
+        if not self._shared:  # a shared buffer is overwritten: the mask's length says from where
+            self._cache = [
+                self._value(np.ascontiguousarray(value.numpy()[:, :, :keep]))
+                for value in self._cache
+            ]
+        self._past = keep
+        return np.array(self._append(tokens), np.float32)
+
+    def _append(self, tokens: Sequence[int]) -> NDArray[Any]:
+        """Run tokens after the cache's; logits of each, shape (len(tokens), vocab)."""
+        ids = np.array([tokens], np.int64)
+        positions = np.arange(self._past, self._past + len(tokens), dtype=np.int64)[None]
+        binding = self._bind(ids, positions, None)
+        self._run(binding, len(tokens))
+        logits: NDArray[Any] = binding.get_outputs()[0].numpy()[0]
+        return logits
 
     def decode(self, token: int) -> NDArray[np.float32]:
         self._token[0, 0] = token

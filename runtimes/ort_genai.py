@@ -60,6 +60,13 @@ class GenaiSession:
         self._generator.append_tokens(np.array([[token]], np.int32))
         return self._last_logits()
 
+    def resume(self, keep: int, tokens: Sequence[int]) -> NDArray[np.float32] | None:
+        if self._generator is None:
+            return None
+        self._generator.rewind_to(keep)
+        self._generator.append_tokens(np.array([tokens], np.int32))
+        return np.array(self._generator.get_output("logits")[0], np.float32)
+
     def _last_logits(self) -> NDArray[np.float32]:
         return np.array(self._generator.get_logits().reshape(-1, self._vocab)[-1], np.float32)
 

@@ -58,6 +58,19 @@ class PyTorchSession:
             raise ShortstackError("decode needs a prefill before it.")
         return np.asarray(self._forward([token], keep=1)[-1])
 
+    def resume(self, keep: int, tokens: Sequence[int]) -> NDArray[np.float32] | None:
+        if self._cache is None or self._has_windows:
+            return None
+        surplus = self._cache.get_seq_length() - keep
+        if surplus:
+            self._cache.crop(-surplus)
+        return self._forward(tokens, keep=0)
+
+    @property
+    def _has_windows(self) -> bool:
+        """Whether some layers keep only the last keys and values."""
+        return any(getattr(layer, "is_sliding", False) for layer in self._cache.layers)
+
     def _forward(self, tokens: Sequence[int], keep: int) -> NDArray[np.float32]:
         if self._cache.get_seq_length() + len(tokens) > self._context_tokens:
             raise ShortstackError(

@@ -84,6 +84,17 @@ def test_the_reference_is_a_file_of_log_probabilities(reference: ReferenceFacts)
     assert 3 < reference.perplexity < 60
 
 
+def test_a_model_of_no_numbers_is_not_blamed_on_its_artifact(
+    checkpoint: Checkpoint, windows: list[list[int]], tmp_path: Path
+) -> None:
+    def spoil(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = math.nan
+
+    spoiled = edited(checkpoint, tmp_path / "spoiled", spoil)
+    with pytest.raises(ShortstackError, match=r"spoiled computes no numbers \(NaN\)"):
+        make_reference(spoiled, windows, tmp_path / "reference.npy", threads=1)
+
+
 @pytest.mark.parametrize("target", ["gguf:F32", "gguf:F16", "onnx:fp32"])
 def test_the_right_artifact_passes_the_hard_bounds(
     target: str,

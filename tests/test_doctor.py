@@ -149,6 +149,7 @@ REQUIRES = (
     'llama-cpp-python==0.3.36; extra == "gguf"',
     'onnxruntime-genai==0.18.*; extra == "onnx"',
     'onnxruntime-genai-cuda==0.18.*; extra == "cuda"',
+    'optimum-onnx==0.1.0; extra == "optimum"',
     'shortstack[prune]; extra == "demo"',
     'spdx==2.5.1; extra == "demo"',
 )
@@ -174,6 +175,12 @@ def test_extras_say_what_is_there_what_is_missing_and_what_is_too_old() -> None:
 
 def test_a_missing_core_package_is_a_problem() -> None:
     assert found({})["core packages"].status == "problem"
+
+
+def test_the_optimum_extra_is_not_advised_beside_onnx() -> None:
+    finding = found({})["extra optimum"]
+    assert finding.status == "ok"
+    assert "an environment of its own" in finding.fact
 
 
 def test_the_cuda_extra_stands_in_for_onnx() -> None:

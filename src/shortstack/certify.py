@@ -210,6 +210,11 @@ def reference_here(request: dict[str, Any]) -> dict[str, Any]:
         np.lib.format.write_array_header_1_0(file, header)
         for done, window in enumerate(windows, 1):
             log_probs = log_softmax(session.prefill(window, all_logits=True))
+            if np.isnan(log_probs).any():
+                raise ShortstackError(
+                    f"{path} computes no numbers (NaN) in float32 PyTorch: nothing can be proven "
+                    "against it. Look at its weights, and at the layers merged or replaced."
+                )
             # not through a memory map: on a full disk that is a SIGBUS, this is an error
             file.write(log_probs.data)
             tally.add(log_probs, log_probs, np.array(window[1:]))

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from shortstack import __version__, cli_trim
+from shortstack import __version__, cli_eval, cli_heal, cli_lm_eval, cli_repair, cli_trim
 from shortstack.cli_shared import (
     DryRun,
     JsonOption,
@@ -203,7 +203,12 @@ def doctor(as_json: JsonOption = False) -> None:
         raise typer.Exit(2)
 
 
+app.command()(cli_heal.heal)
+app.command("eval")(cli_eval.evaluate)
+app.command()(cli_repair.repair)
 app.command()(cli_trim.trim)
+app.command()(cli_heal.streamline)
+app.command("lm-eval", context_settings=cli_lm_eval.SETTINGS)(cli_lm_eval.lm_eval)
 
 
 def _version(wanted: bool) -> None:

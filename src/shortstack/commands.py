@@ -33,7 +33,7 @@ from shortstack.manifest import (
     write_text,
 )
 from shortstack.progress import Display
-from shortstack.prune.plan import PrunePlan, parse_removal
+from shortstack.prune.plan import PrunePlan, parse_removal, read_plan
 from shortstack.recipe import (
     BenchRecipe,
     CalibrationRecipe,
@@ -73,7 +73,12 @@ def plan(
     if out.is_dir():
         raise ShortstackError(f"{out} is a folder; the plan is one file. Name one, e.g. plan.json.")
     if out.exists():
-        _read_plan(out, f"{out} exists and is no plan: it is not overwritten. Name another file.")
+        try:
+            read_plan(out)
+        except ShortstackError:
+            raise ShortstackError(
+                f"{out} exists and is no plan: it is not overwritten. Name another file."
+            ) from None
     preview = preview_model(model)
     if preview is not None:
         forecast.preview_cut(preview.checkpoint, choice)
@@ -117,7 +122,7 @@ def prune_model(
         require_space(out, expected["disk_bytes"] + preview.materialised_bytes)
     with opened(model, out, display) as checkpoint:
         made = _fitting_plan(drop, plan_file, checkpoint)
-        key = step_key("prune", {"model": checkpoint.sha256, "cut": made.identity})
+        key = step_key("prune", {"model": checkpoint.sha256, "cut": prune.cut_identity(made)})
         kept = finished(out, key)
         if kept is None:
             with display.step("Cut the layers") as progress, staged(out, "prune") as partial:
@@ -127,20 +132,13 @@ def prune_model(
     return {"checkpoint": str(out), **_facts(kept)}
 
 
-def _read_plan(file: Path, otherwise: str) -> PrunePlan:
-    try:
-        return PrunePlan.from_json(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ShortstackError):
-        raise ShortstackError(otherwise) from None
-
-
 def _fitting_plan(drop: str | None, plan_file: Path | None, checkpoint: Checkpoint) -> PrunePlan:
     if plan_file is None:
         gone = parse_removal(drop or "")
         return PrunePlan(
             checkpoint.n_layers, gone.layers, "explicit", attention=gone.attention, mlp=gone.mlp
         )
-    made = _read_plan(plan_file, f"{plan_file} is no plan that can be read. Run: shortstack plan")
+    made = read_plan(plan_file)
     if made.n_layers != checkpoint.n_layers:
         raise ShortstackError(
             f"the plan {plan_file} is for {made.n_layers} layers, the model has "

@@ -22,6 +22,7 @@ LOW_RAM_BYTES = 2_000_000_000
 LOW_DISK_BYTES = 5_000_000_000
 OPTIONAL = {
     "cuda": "for NVIDIA GPUs, in place of onnx",
+    "optimum": "for ONNX by optimum-onnx, in an environment of its own without onnx",
     "demo": "for make demo",
     "dev": "for tests",
 }

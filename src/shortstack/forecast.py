@@ -153,13 +153,15 @@ def _stand_in(original: Checkpoint, choice: PruneRecipe) -> PrunePlan:
     prune.planner(choice.method)
     wanted = wanted_layers(choice)
     if isinstance(wanted, int):
-        if wanted >= original.n_layers:
+        # A sub-block that goes alone leaves zeros in the folder: the size of no cut is a bound.
+        whole = 0 if prune.METHODS[choice.method].sub_blocks else wanted
+        if wanted >= original.n_layers * (1 if whole else 2):
             raise ShortstackError(
                 f"cannot drop {wanted} of {original.n_layers} layers. Ask for fewer."
             )
         return PrunePlan(
             original.n_layers,
-            tuple(range(original.n_layers - wanted, original.n_layers)),
+            tuple(range(original.n_layers - whole, original.n_layers)),
             choice.method,
         )
     return PrunePlan(

@@ -12,7 +12,7 @@ from shortstack.errors import ShortstackError
 from shortstack.intake import resolve
 from shortstack.progress import Display
 from shortstack.prune.gguf_cut import GgufCut, check_free, cut_gguf, plan_cut
-from shortstack.prune.plan import PrunePlan, parse_drop
+from shortstack.prune.plan import parse_drop, read_plan
 
 CHECK_TOKENS = 32
 """Context of the check: all it decodes is one token."""
@@ -49,7 +49,7 @@ def cut_model(
         raise ShortstackError("say what to drop: --drop 11-15,20 or --plan plan.json, one of them.")
     source = Path(resolve(model)[1])
     check_free(out)
-    plan = parse_drop(drop or "") if plan_file is None else _read_plan(plan_file)
+    plan = parse_drop(drop or "") if plan_file is None else read_plan(plan_file)
     cut = plan_cut(source, plan)
     if dry_run:
         return {"file": str(out), **_facts(cut)}
@@ -104,13 +104,6 @@ def run_here(request: dict[str, Any]) -> dict[str, Any]:
 
 def _has_llama_cpp() -> bool:
     return importlib.util.find_spec("llama_cpp") is not None
-
-
-def _read_plan(file: Path) -> PrunePlan:
-    try:
-        return PrunePlan.from_json(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ShortstackError):
-        raise ShortstackError(f"{file} is no plan that can be read. Run: shortstack plan") from None
 
 
 def _facts(cut: GgufCut) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,3 +44,16 @@ class Session(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *exc: object) -> None: ...
+
+
+@runtime_checkable
+class Resumable(Session, Protocol):
+    """A session that can go back in its sequence: what many continuations of one prompt need."""
+
+    def resume(self, keep: int, tokens: Sequence[int]) -> NDArray[np.float32] | None:
+        """Forget all but the first `keep` tokens (1 or more), run `tokens` after them.
+
+        Returns logits at each of `tokens`, shape (len(tokens), vocab); None, with the sequence
+        lost, where the cache no longer holds what is needed: prefill.
+        """
+        ...

@@ -124,7 +124,7 @@ def choose_layers(
 
 def cut(folder: RunFolder, original: Checkpoint, made: PrunePlan) -> Checkpoint:
     """Write the pruned checkpoint."""
-    inputs = {"model": original.sha256, "cut": made.identity}
+    inputs = {"model": original.sha256, "cut": prune.cut_identity(made)}
 
     def make(partial: Path, progress: OnProgress) -> dict[str, Any]:
         return cut_facts(
@@ -141,6 +141,8 @@ def cut_facts(original: Checkpoint, made: PrunePlan, pruned: Checkpoint) -> dict
         "sha256": pruned.sha256,
         "drop": list(made.drop),
         "removed": {"attention": list(made.attention), "mlp": list(made.mlp)},
+        **({"merge": made.identity["merge"]} if made.merge else {}),
+        **({"replace": dict(made.replace)} if made.replace else {}),
         "method": made.method,
         "n_layers": pruned.n_layers,
         "n_params": pruned.n_params,

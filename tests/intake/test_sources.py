@@ -28,6 +28,7 @@ def test_equal_content_has_one_description(tiny: Path, tmp_path: Path) -> None:
     ("reference", "words"),
     [
         ("HuggingFaceTB/SmolLM2-135M", "say: hf:HuggingFaceTB/SmolLM2-135M"),
+        ("models/nowhere.gguf", "there is no file or folder 'models/nowhere.gguf'"),
         ("./nowhere.gguf", "there is no file or folder 'nowhere.gguf'"),
         ("pyproject.toml", "neither a .gguf file nor a model folder"),
         ("pkg:no_such_package/x.gguf", "Run: pip install no-such-package"),

@@ -18,6 +18,7 @@ from shortstack.text import open_corpus
 from shortstack.tokens import Encoder
 
 SCORED = sorted(name for name, method in METHODS.items() if method.needs_text)
+BY_LAYER = sorted({*SCORED} - {"sub-block"})
 
 
 @pytest.fixture(scope="module")
@@ -147,14 +148,27 @@ def test_an_option_that_no_method_knows_is_refused(name: str, tiny: Path) -> Non
         planner(name)(Checkpoint.open(tiny), drop=Removal((1,)), windows=[[1, 2]], protect_frist=1)
 
 
+@pytest.mark.parametrize("name", BY_LAYER)
+@pytest.mark.parametrize(
+    ("drop", "options", "words"),
+    [
+        (0, {}, "cannot drop 0 of 6 layers"),
+        (5, {}, "4 may go .* Ask for 1 to 4"),
+        (6, {"protect_first": 0, "protect_last": 0}, "Ask for 1 to 5"),
+    ],
+)
+def test_a_count_that_cannot_be_met_is_refused(
+    tiny: Path, name: str, drop: int, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ShortstackError, match=words):
+        planner(name)(Checkpoint.open(tiny), drop=drop, windows=[[1, 2, 3]], **options)
+
+
 @pytest.mark.parametrize("name", SCORED)
 @pytest.mark.parametrize(
     ("drop", "windows", "options", "words"),
     [
         ((1, 2), [[1, 2, 3]], {}, "chooses the layers itself"),
-        (0, [[1, 2, 3]], {}, "cannot drop 0 of 6 layers"),
-        (5, [[1, 2, 3]], {}, "4 may go .* Ask for 1 to 4"),
-        (6, [[1, 2, 3]], {"protect_first": 0, "protect_last": 0}, "Ask for 1 to 5"),
         (1, [[1, 2, 3]], {"protect_first": -1}, "cannot protect -1 layers"),
         (1, [], {}, "reads text"),
         (1, [[1, 2], [1, 2, 3]], {}, "must have one length"),

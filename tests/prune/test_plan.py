@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shortstack.errors import ShortstackError
 from shortstack.prune import PrunePlan, Removal, parse_drop, parse_removal
+from shortstack.prune.plan import read_plan
 
 
 def test_keep_is_what_is_not_dropped() -> None:
@@ -62,6 +64,14 @@ def changed(**fields: Any) -> str:
         (changed(merge={"2": {"9": 1.0}}), "there is no layer 9"),
         (changed(merge={"2": 3}), "wrong type"),
         (changed(replace={"two": "f"}), "wrong type"),
+        (changed(replace={"02": "f"}), "wrong type"),
+        (changed(merge={"2": {"3": True}}), "wrong type"),
+        (changed(merge={"2": {}}), "layer 2 adds up nothing"),
+        (changed(merge={"2": {"3": 0.0}}), "layer 2 adds up nothing"),
+        (changed(merge={"2": {"3": 1e300}}), "has the weight 1e\\+300"),
+        (changed(merge={"2": {"3": float("nan")}}), "not finite"),
+        (changed(facts={"unit": [float("inf")]}), "not finite"),
+        ("[" * 100_000, "not JSON"),
         (changed(mlp=[1]), "layer 1 is dropped and changed"),
         (changed(mlp=[2], attention=[2]), "Drop the whole layer: 2"),
         (changed(mlp=[2], replace={"2": "f"}), "changed in two ways"),
@@ -70,6 +80,18 @@ def changed(**fields: Any) -> str:
 def test_a_foreign_plan_is_refused(text: str, words: str) -> None:
     with pytest.raises(ShortstackError, match=words):
         PrunePlan.from_json(text)
+
+
+def test_a_plan_file_is_refused_with_the_reason(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    with pytest.raises(ShortstackError, match=r"plan\.json is no plan .*: No such file"):
+        read_plan(file)
+    file.write_text(changed(mlp=[2], replace={"2": "f"}))
+    with pytest.raises(ShortstackError, match=r"plan\.json: layer 2 is changed in two ways"):
+        read_plan(file)
+    file.write_bytes(b"\xff")
+    with pytest.raises(ShortstackError, match="not UTF-8"):
+        read_plan(file)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.families import REMOVED
-from shortstack.prune import PrunePlan, apply_plan
+from shortstack.prune import PrunePlan, apply_plan, cut_identity
 
 TOKENS = torch.arange(1, 25)[None] * 3 % 96
 
@@ -93,13 +93,69 @@ def test_a_merge_is_the_weighted_sum_rounded_once(original: Checkpoint, tmp_path
     assert torch.equal(after[name.format(3)], before[name.format(4)])
 
 
-def test_a_replaced_layer_comes_from_the_file(original: Checkpoint, tmp_path: Path) -> None:
-    prefix = "model.layers.2."
-    block = {
+def block_of(original: Checkpoint, layer: int) -> dict[str, torch.Tensor]:
+    prefix = f"model.layers.{layer}."
+    return {
         name.removeprefix(prefix): tensor + 1
         for name, tensor in load_file(original.path / "model.safetensors").items()
         if name.startswith(prefix)
     }
+
+
+def test_a_merge_beyond_the_type_of_the_weights_is_refused(
+    original: Checkpoint, tmp_path: Path
+) -> None:
+    plan = PrunePlan(5, (3,), "explicit", merge={2: {2: 3e38, 3: 3e38}})
+    with pytest.raises(ShortstackError, match="values that F32 cannot hold"):
+        apply_plan(original, plan, tmp_path)
+
+
+def test_a_layer_merged_or_replaced_gets_its_sub_blocks_back(
+    original: Checkpoint, tmp_path: Path
+) -> None:
+    first, file = tmp_path / "first", tmp_path / "block.safetensors"
+    first.mkdir()
+    once = apply_plan(original, PrunePlan(5, (), "explicit", attention=(1, 2, 3)), first)
+    save_file(block_of(original, 1), file)
+    plan = PrunePlan(
+        5,
+        (0,),
+        "explicit",
+        replace={1: str(file)},
+        merge={2: {2: 0.5, 3: 0.5, 4: 0.0}, 3: {3: 0.5, 4: 0.5}},
+    )
+    (tmp_path / "second").mkdir()
+    assert apply_plan(once, plan, tmp_path / "second").removed == {"attention": (1,), "mlp": ()}
+
+
+def test_another_content_of_a_replacement_is_another_cut(
+    original: Checkpoint, tmp_path: Path
+) -> None:
+    file = tmp_path / "block.safetensors"
+    plan = PrunePlan(5, (0,), "explicit", replace={2: str(file)})
+    block = block_of(original, 2)
+    save_file(block, file)
+    before = cut_identity(plan)
+    assert cut_identity(plan) == before
+    save_file({name: tensor + 1 for name, tensor in block.items()}, file)
+    assert cut_identity(plan) != before
+    file.unlink()
+    with pytest.raises(ShortstackError, match=r"no file .*block\.safetensors"):
+        cut_identity(plan)
+
+
+def test_a_replacement_with_a_tensor_too_many_is_refused(
+    original: Checkpoint, tmp_path: Path
+) -> None:
+    file = tmp_path / "block.safetensors"
+    save_file({**block_of(original, 2), "self_attn.q_norm.weight": torch.ones(8)}, file)
+    plan = PrunePlan(5, (0,), "explicit", replace={2: str(file)})
+    with pytest.raises(ShortstackError, match=r"'self_attn\.q_norm\.weight' is no tensor"):
+        apply_plan(original, plan, tmp_path)
+
+
+def test_a_replaced_layer_comes_from_the_file(original: Checkpoint, tmp_path: Path) -> None:
+    block = block_of(original, 2)
     file, out = tmp_path / "block.safetensors", tmp_path / "out"
     out.mkdir()
     save_file(block, file)

@@ -14,6 +14,7 @@ from shortstack.checkpoint import Checkpoint
 from shortstack.errors import MissingExtraError, ShortstackError
 from shortstack.export import exporter
 from shortstack.runtimes import RUNTIMES, open_session, runtimes_for
+from shortstack.session import Resumable
 
 TOKENS = [1, 50, 60, 70, 300, 20, 19, 45, 200, 210, 77, 12]
 
@@ -54,6 +55,24 @@ def test_prefill_and_cached_decoding_give_the_oracles_logits(
     np.testing.assert_allclose(every, truth, atol=tolerance)
     np.testing.assert_allclose(last, truth[-1], atol=tolerance)
     np.testing.assert_allclose(np.array(rows), truth[4:], atol=tolerance)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_sequence_goes_on_from_an_earlier_token(
+    runtime: str, files: dict[str, Path], truth: np.ndarray
+) -> None:
+    path = files[RUNTIMES[runtime][0]]
+    with open_session(path, runtime, threads=1, context_tokens=len(TOKENS)) as session:
+        assert isinstance(session, Resumable)
+        session.prefill([*TOKENS[:6], 400, 401, 402])
+        first = session.resume(6, [7, 8])
+        rows = session.resume(6, TOKENS[6:])
+    assert first is not None
+    assert rows is not None
+    assert first.shape == (2, 512)
+    assert rows.dtype == np.float32
+    tolerance = 0.05 if runtime == "llama.cpp" else 1e-3
+    np.testing.assert_allclose(rows, truth[6:], atol=tolerance)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

@@ -89,7 +89,8 @@ def resolve(reference: str) -> tuple[str, str]:
             f"{path} is neither a .gguf file nor a model folder. "
             "Name the folder that holds config.json, or a .gguf file."
         )
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", reference):
+    is_file = path.suffix.lower() == ".gguf"
+    if not is_file and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", reference):
         raise ShortstackError(
             f"there is no folder {reference!r} here. To download it from the Hugging Face hub "
             f"say: hf:{reference}"

@@ -1,0 +1,337 @@
+"""What a cut costs and what brings it back: method x depth x {as cut, repaired, healed}.
+
+    python -m benchmarks.depth MODEL --data DIR --out OUT [--methods repaired greedy influence]
+        [--depths 4 8 12 15] [--tokens 5000000] [--rate 1e-3] [--sampled 3000000]
+        [--devices cuda:0 cuda:1] [--jobs 2] [--test]
+
+Layers are chosen, repaired and healed on three quarters of WikiText-2's validation articles, on
+train rows of other sets, and on text that the full model samples itself; what is kept is chosen on
+the last quarter. `--test` then scores every state once on the test articles, on text of another
+kind that nothing was fitted on (LAMBADA), and on three multiple-choice sets. Each cell is one JSON
+in OUT, kept when the command is run again; the table is made of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from shortstack.checkpoint import Checkpoint
+from shortstack.intake import open_model
+from shortstack.prune import apply_plan, planner
+from shortstack.prune.heal.data import packed_windows
+from shortstack.prune.heal.settings import HealSettings
+from shortstack.prune.plan import PrunePlan
+from shortstack.tokens import Encoder
+
+LENGTH = 512
+CALIBRATION = (16, 256)
+"""Windows and tokens on which layers are chosen."""
+GENERAL = ("legal/contracts_text", "general/tinyshakespeare", "finance/finqa", "general/gsm8k")
+CHOICES = ("science/arc_easy", "general/piqa", "general/hellaswag")
+UNSEEN = "general/lambada"
+STATES = ("cut", "repaired", "healed")
+
+
+def documents(data: Path, name: str, split: str) -> list[str]:
+    from shortstack.evaluate.perplexity import open_documents
+
+    for file in (data / name / f"{split}.jsonl", data / name / f"{split}.jsonl.gz"):
+        if file.is_file():
+            return sorted(open_documents(file), key=_order)
+    raise SystemExit(f"no {split} rows of {name} in {data}")
+
+
+def _order(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def parts(data: Path) -> dict[str, list[str]]:
+    """Documents to fit on and to choose on, disjoint; test rows are opened by `score` alone."""
+    own = documents(data, "general/wikitext2", "validation")
+    quarter = len(own) // 4
+    general = [text for name in GENERAL for text in documents(data, name, "train")]
+    return {"selection": own[:quarter], "own": own[quarter:], "general": general}
+
+
+def windows(checkpoint: Checkpoint, texts: list[str], length: int = LENGTH) -> list[list[int]]:
+    return packed_windows(texts, Encoder(checkpoint).encode, length)
+
+
+def sample(checkpoint: Checkpoint, prefixes: list[list[int]], device: str) -> list[list[int]]:
+    """Let the full model go on from the beginnings of training text, at temperature 1."""
+    import torch
+
+    from shortstack.pretrained import load
+
+    model = load(checkpoint.path, torch.bfloat16).to(device)
+    found: list[list[int]] = []
+    torch.manual_seed(len(prefixes))
+    with torch.inference_mode():
+        for batch in torch.tensor(prefixes).split(1536):
+            made = model.generate(
+                batch.to(device),
+                attention_mask=torch.ones_like(batch).to(device),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=LENGTH - batch.shape[1],
+                max_new_tokens=LENGTH - batch.shape[1],
+                pad_token_id=0,
+            )
+            found += made.cpu().tolist()
+    return found
+
+
+def training_windows(asked: argparse.Namespace, checkpoint: Checkpoint) -> list[list[int]]:
+    """One budget of windows: own text repeated to its share, sampled text, general text."""
+    texts = parts(asked.data)
+    own, general = windows(checkpoint, texts["own"]), windows(checkpoint, texts["general"])
+    made: list[list[int]] = []
+    for file in sorted(asked.out.glob("sampled-*.safetensors")):
+        made += load_file(file)["tokens"].tolist()
+    wanted = asked.tokens // LENGTH
+    made = made[: asked.sampled // LENGTH]
+    n_own = min(round(asked.own_share * wanted), asked.own_repeats * len(own))
+    rest = [*made, *general][: wanted - n_own]
+    chosen = [own[at % len(own)] for at in range(wanted - len(rest))] + rest
+    random.Random(0).shuffle(chosen)
+    return chosen
+
+
+def score(checkpoint: Checkpoint, asked: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Selection figures; with --test those of the test rows, too."""
+    from shortstack.evaluate import metrics
+    from shortstack.evaluate.choice import score_choices
+    from shortstack.evaluate.codec import FolderCodec
+    from shortstack.evaluate.subsets import subset
+    from shortstack.evaluate.torch_scorer import TorchScorer
+    from shortstack.questions import open_questions
+
+    found: dict[str, Any] = {}
+    with TorchScorer(checkpoint, device=device) as scorer:
+        texts = {"selection": parts(asked.data)["selection"]}
+        if asked.test:
+            texts["test"] = documents(asked.data, "general/wikitext2", "test")
+            texts["unseen"] = documents(asked.data, UNSEEN, "test")
+        for name, rows in texts.items():
+            scored = scorer.nats(windows(checkpoint, rows)[: asked.limit])
+            nats, counts = [s.sum_nats for s in scored], [s.n_tokens for s in scored]
+            found[name] = metrics.perplexity(nats, counts).to_dict()
+        codec = FolderCodec(checkpoint.path)
+        for name in CHOICES if asked.test else ():
+            file = next((asked.data / name).glob("test.jsonl*"))
+            asked_rows = score_choices(
+                scorer, codec, subset(open_questions(file), asked.limit, seed=0)
+            )
+            right = sum(row.right_by_length for row in asked_rows)
+            found[name] = {
+                **metrics.wilson(right, len(asked_rows)).to_dict(),
+                "n": len(asked_rows),
+            }
+    return found
+
+
+def cell(asked: argparse.Namespace, method: str, depth: int) -> None:
+    """One method at one depth, in a process of its own with one device."""
+    import torch
+
+    from shortstack.prune.heal.train import heal
+    from shortstack.prune.repair import repair
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(asked.threads)
+    original, work = Checkpoint.open(asked.out / "model"), asked.out / f"{method}-{depth}"
+    shutil.rmtree(work, ignore_errors=True)
+    texts, seconds = parts(asked.data), {}
+    count, length = CALIBRATION
+    calibration = windows(original, texts["own"], length)[:count]
+    selection = windows(original, texts["selection"])
+    began = time.perf_counter()
+    plan_file = asked.out / f"plan-{method}-{depth}.json"
+    if plan_file.is_file():
+        plan = PrunePlan.from_json(plan_file.read_text(encoding="utf-8"))
+    else:
+        plan = planner(method)(original, drop=depth, windows=calibration)
+        plan_file.write_text(plan.to_json(), encoding="utf-8")
+    seconds["choose"] = time.perf_counter() - began
+    found: dict[str, Any] = {"method": method, "depth": depth, "drop": list(plan.drop)}
+    states = {"cut": apply_plan(original, plan, _empty(work / "cut"))}
+    if asked.repair != "none":
+        began = time.perf_counter()
+        states["repaired"], facts = repair(
+            original,
+            states["cut"],
+            plan,
+            windows(original, texts["own"], 256)[:32],
+            selection[:24],
+            _empty(work / "repaired"),
+            method=asked.repair,
+        )
+        seconds["repair"] = time.perf_counter() - began
+        found["repair"] = facts
+    settings = HealSettings(
+        tokens=asked.tokens,
+        window_tokens=LENGTH,
+        batch_windows=asked.batch,
+        learning_rate=asked.rate,
+        loss="kl",
+        device="auto",
+        train=asked.train,
+    )
+    states["healed"], facts = heal(
+        states["repaired" if "repaired" in states else "cut"],
+        original,
+        training_windows(asked, original),
+        selection[:64],
+        _empty(work / "healed"),
+        settings,
+    )
+    found["heal"] = facts
+    for name, checkpoint in states.items():
+        found[name] = score(checkpoint, asked, device)
+    found["seconds"] = seconds
+    if not asked.keep:
+        shutil.rmtree(work)
+    _write(asked.out / f"cell-{method}-{depth}.json", found)
+
+
+def _empty(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _write(file: Path, data: Any) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=1), encoding="utf-8")
+    partial.rename(file)
+
+
+def run_all(asked: argparse.Namespace, tasks: list[list[str]]) -> None:
+    """Run commands in processes, `jobs` on each device at a time."""
+    free = [device for device in asked.devices for _ in range(asked.jobs)]
+    running: list[tuple[subprocess.Popen[bytes], str, list[str]]] = []
+    while tasks or running:
+        while tasks and free:
+            device, task = free.pop(0), tasks.pop(0)
+            shown = device.removeprefix("cuda:") if device != "cpu" else ""
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": shown}
+            words = [sys.executable, "-m", "benchmarks.depth", *sys.argv[1:], "--task", *task]
+            log = (asked.out / f"log-{'-'.join(task)}.txt").open("wb")
+            running.append(
+                (subprocess.Popen(words, env=environment, stdout=log, stderr=log), device, task)
+            )
+        for process, device, task in list(running):
+            if process.poll() is not None:
+                running.remove((process, device, task))
+                free.append(device)
+                print(f"{' '.join(task)}: exit {process.returncode}", file=sys.stderr, flush=True)
+        time.sleep(0.2)
+
+
+def table(asked: argparse.Namespace) -> None:
+    file = asked.out / "full.json"
+    rows = [("full model", "", json.loads(file.read_text(encoding="utf-8")))]
+    for method in asked.methods:
+        for depth in asked.depths:
+            file = asked.out / f"cell-{method}-{depth}.json"
+            if file.is_file():
+                found = json.loads(file.read_text(encoding="utf-8"))
+                rows += [
+                    (f"{method}, {depth} dropped", state, found[state])
+                    for state in STATES
+                    if state in found
+                ]
+    names = [name for name in rows[0][2]]
+    print("| | | " + " | ".join(names) + " |")
+    print("|---|---|" + "---:|" * len(names))
+    for title, state, found in rows:
+        figures = []
+        for name in names:
+            one = found[name]
+            text = f"{one['estimate']:.2f}" if "n" not in one else f"{100 * one['estimate']:.1f} %"
+            ratio = one["estimate"] / rows[0][2][name]["estimate"]
+            figures.append(f"{text} ({ratio:.2f} x)" if state and "n" not in one else text)
+        print(f"| {title} | {state} | {' | '.join(figures)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", default=["repaired", "greedy", "influence"])
+    parser.add_argument("--depths", nargs="+", type=int, default=[4, 8, 12, 15])
+    parser.add_argument("--tokens", type=int, default=5_000_000, help="a student sees in healing")
+    parser.add_argument("--sampled", type=int, default=3_000_000, help="of them sampled")
+    parser.add_argument("--own-share", type=float, default=0.3)
+    parser.add_argument("--own-repeats", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--train", default="all")
+    parser.add_argument("--repair", default="folded")
+    parser.add_argument("--devices", nargs="+", default=["cpu"])
+    parser.add_argument("--jobs", type=int, default=1, help="processes on a device at a time")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--limit", type=int, default=1000, help="rows or windows of a set")
+    parser.add_argument("--keep", action="store_true", help="leave the checkpoints")
+    parser.add_argument("--test", action="store_true", help="score the test rows")
+    parser.add_argument("--task", nargs="+", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    if asked.task:
+        run_task(asked)
+        return
+    if not (asked.out / "model" / "config.json").is_file():
+        opened = open_model(asked.model, asked.out / "model")
+        if opened.path != asked.out / "model":
+            (asked.out / "model").symlink_to(opened.path.resolve())
+    shares = len(asked.devices) if asked.sampled else 0
+    first = [["sample", str(n), str(shares)] for n in range(shares)]
+    run_all(asked, [t for t in first if not (asked.out / f"sampled-{t[1]}.safetensors").is_file()])
+    tasks = [] if (asked.out / "full.json").is_file() else [["full"]]
+    # the deepest cuts first: with the shortest last, no device waits long at the end
+    for depth in sorted(asked.depths):
+        for method in asked.methods:
+            if not (asked.out / f"cell-{method}-{depth}.json").is_file():
+                tasks.append(["cell", method, str(depth)])
+    run_all(asked, tasks)
+    table(asked)
+
+
+def run_task(asked: argparse.Namespace) -> None:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    original = Checkpoint.open(asked.out / "model")
+    kind, *words = asked.task
+    if kind == "cell":
+        cell(asked, words[0], int(words[1]))
+    elif kind == "full":
+        _write(asked.out / "full.json", score(original, asked, device))
+    else:
+        number, of = map(int, words)
+        texts = parts(asked.data)
+        beginnings = windows(original, texts["own"], 32) + windows(original, texts["general"], 32)
+        random.Random(1).shuffle(beginnings)
+        count = asked.sampled // LENGTH
+        mine = [beginnings[at % len(beginnings)] for at in range(number, count, of)]
+        tokens = np.array(sample(original, mine, device), np.int32)
+        save_file({"tokens": tokens}, asked.out / f"sampled-{number}.safetensors")
+
+
+if __name__ == "__main__":
+    main()

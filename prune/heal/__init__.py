@@ -1,0 +1,1 @@
+"""Train a cut model back towards the model it was cut from."""

@@ -1,0 +1,130 @@
+"""The command `shortstack heal`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from shortstack.cli_shared import JsonOption, Out, QuietOption, answer, user_errors
+
+
+@user_errors
+def heal(
+    student: Annotated[str, typer.Argument(help="The cut model: a Hugging Face folder.")],
+    text: Annotated[list[str], typer.Option(help="Your text: a file, or a folder with splits.")],
+    out: Out,
+    tokens: Annotated[int, typer.Option(help="Tokens to train on, counted with repeats.")],
+    teacher: Annotated[str | None, typer.Option(help="The model that was cut.")] = None,
+    general: Annotated[list[str] | None, typer.Option(help="General text, mixed in.")] = None,
+    share: Annotated[float, typer.Option(min=0, max=1, help="Share of general text.")] = 0.5,
+    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-4,
+    train: Annotated[str, typer.Option(help="all, lora:8, layers:3,4 or neighbours.")] = "all",
+    loss: Annotated[str, typer.Option(help="kl (to the teacher), ce (the text) or mix.")] = "kl",
+    alpha: Annotated[float, typer.Option(help="Weight of kl in mix.")] = 0.5,
+    temperature: float = 1.0,
+    window_tokens: Annotated[int, typer.Option(min=8)] = 512,
+    batch_windows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
+    micro_windows: Annotated[int | None, typer.Option(help="Windows run at once.")] = None,
+    selection_windows: Annotated[int, typer.Option(min=1)] = 32,
+    warmup: float = 0.05,
+    final_rate: Annotated[float, typer.Option(help="Last rate as a share of --rate.")] = 0.1,
+    weight_decay: float = 0.0,
+    grad_clip: float = 1.0,
+    eval_steps: Annotated[int | None, typer.Option(min=1)] = None,
+    save_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps between states; default: two minutes.")
+    ] = None,
+    keep_float32: Annotated[bool, typer.Option(help="Store what was trained in float32.")] = False,
+    seed: int = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16 (autocast).")] = "auto",
+    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a cut model towards the model it was cut from; keep the best state."""
+    from shortstack import heal_commands, terminal
+    from shortstack.prune.heal.settings import HealSettings
+
+    settings = HealSettings(
+        tokens=tokens,
+        window_tokens=window_tokens,
+        batch_windows=batch_windows,
+        micro_windows=micro_windows,
+        learning_rate=rate,
+        warmup=warmup,
+        final_rate=final_rate,
+        weight_decay=weight_decay,
+        grad_clip=grad_clip,
+        loss=loss,  # type: ignore[arg-type]  # checked by the settings
+        alpha=alpha,
+        temperature=temperature,
+        train=train,
+        eval_steps=eval_steps,
+        save_steps=save_steps,
+        keep_float32=keep_float32,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+    )
+    wanted = heal_commands.HealText(tuple(text), tuple(general or ()), share, selection_windows)
+    result = heal_commands.heal_model(
+        *(student, teacher, wanted, out, settings),
+        display=terminal.display(quiet or as_json or not heal_commands.is_first()),
+    )
+    if heal_commands.is_first():
+        answer(result, as_json, lambda: terminal.print_facts(result, quiet))
+
+
+@user_errors
+def streamline(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder.")],
+    drop: Annotated[int, typer.Option(min=1, help="How many layers shall go.")],
+    text: Annotated[list[str], typer.Option(help="Your text: a file, or a folder with splits.")],
+    out: Out,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to train the replacement on.")],
+    objective: Annotated[str, typer.Option(help="mse (hidden states) or lm (the text).")] = "mse",
+    replacement: Annotated[str, typer.Option(help="layer, swiglu or none.")] = "layer",
+    general: Annotated[list[str] | None, typer.Option(help="General text, mixed in.")] = None,
+    share: Annotated[float, typer.Option(min=0, max=1, help="Share of general text.")] = 0.5,
+    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-4,
+    window_tokens: Annotated[int, typer.Option(min=8)] = 512,
+    batch_windows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
+    micro_windows: Annotated[int | None, typer.Option(help="Windows run at once.")] = None,
+    selection_windows: Annotated[int, typer.Option(min=1)] = 32,
+    eval_steps: Annotated[int | None, typer.Option(min=1)] = None,
+    save_steps: Annotated[int | None, typer.Option(min=1)] = None,
+    seed: int = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16 (autocast).")] = "auto",
+    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Put one trained layer in the place of the run that changes least (LLM-Streamline)."""
+    from shortstack import heal_commands, terminal
+    from shortstack.prune.heal.settings import HealSettings
+
+    settings = HealSettings(
+        tokens=tokens,
+        window_tokens=window_tokens,
+        batch_windows=batch_windows,
+        micro_windows=micro_windows,
+        learning_rate=rate,
+        final_rate=0.25,  # the paper's code: 2e-4 to 5e-5
+        weight_decay=1e-3,
+        grad_clip=5.0,
+        loss="ce",
+        eval_steps=eval_steps,
+        save_steps=save_steps,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+    )
+    wanted = heal_commands.HealText(tuple(text), tuple(general or ()), share, selection_windows)
+    result = heal_commands.streamline_model(
+        *(model, drop, wanted, out, settings),
+        objective=objective,
+        replacement=replacement,
+        display=terminal.display(quiet or as_json),
+    )
+    answer(result, as_json, lambda: terminal.print_facts(result, quiet))

@@ -1,0 +1,194 @@
+"""`shortstack heal`: train a cut model on text towards the model it was cut from."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from shortstack.checkpoint import Checkpoint
+from shortstack.errors import ShortstackError, require
+from shortstack.manifest import check_apart, check_ours, finished, staged, step_key, write_manifest
+from shortstack.progress import Display
+from shortstack.prune.heal.data import Documents, mix, packed_windows, read_documents
+from shortstack.prune.heal.settings import HealSettings
+from shortstack.tokens import Encoder
+
+CHOICE_WINDOWS = 16
+"""Training windows on which the run of LLM-Streamline is chosen."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HealText:
+    """Where the text comes from; `share` is that of general text among training windows."""
+
+    own: tuple[str, ...]
+    general: tuple[str, ...] = ()
+    share: float = 0.5
+    selection_windows: int = 32
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks, of those that were launched together."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def heal_model(
+    student: str,
+    teacher: str | None,
+    text: HealText,
+    out: Path,
+    settings: HealSettings,
+    *,
+    display: Display,
+) -> dict[str, Any]:
+    """Heal the folder `student`; `out` becomes a Hugging Face folder like it.
+
+    Under `accelerate launch` every process comes here; the first one writes and speaks.
+    """
+    require(("torch", "transformers", "accelerate"), "heal", "healing")
+    from shortstack.prune.heal.train import heal
+
+    check_ours(out, "heal")
+    first = is_first()
+    cut = _folder(student)
+    original = None if teacher is None else _folder(teacher)
+    check_apart(out, [cut.path, *([original.path] if original else [])])
+    train, selection = windows_for(cut, text, settings)
+    inputs = {
+        "student": cut.sha256,
+        "teacher": original.sha256 if original else None,
+        "text": [train, selection],
+        "settings": dataclasses.asdict(settings),
+    }
+    key = step_key("heal", inputs)
+    kept = finished(out, key)
+    if kept is None:
+        with display.step("Heal") as progress:
+            run = functools.partial(heal, cut, original, train, selection)
+            target = out.resolve()
+            state = target.with_name(f".{target.name}.healing")
+            partial = target.with_name(f".{target.name}.partial")  # of the first process
+            if not first:
+                return run(partial, settings, state=state)[1]
+            with staged(out, "heal") as partial:
+                healed, facts = run(
+                    partial, settings, progress=progress, note=display.note, state=state
+                )
+                facts = {**facts, "source_sha256": cut.sha256, "sha256": healed.sha256}
+                kept = write_manifest(partial, "heal", key, {"heal": facts})
+    return {"checkpoint": str(out), **kept["heal"]}
+
+
+def streamline_model(
+    model: str,
+    drop: int,
+    text: HealText,
+    out: Path,
+    settings: HealSettings,
+    *,
+    objective: str,
+    replacement: str,
+    display: Display,
+) -> dict[str, Any]:
+    """Put one trained layer in the place of a run; `out` becomes a Hugging Face folder."""
+    require(("torch", "transformers", "accelerate"), "heal", "LLM-Streamline")
+    from shortstack.prune.streamline import plan_run, streamline
+
+    check_ours(out, "streamline")
+    original = _folder(model)
+    check_apart(out, [original.path])
+    train, selection = windows_for(original, text, settings)
+    inputs = {
+        "model": original.sha256,
+        "text": [train, selection],
+        "choice": [drop, objective, replacement],
+        "settings": dataclasses.asdict(settings),
+    }
+    key = step_key("streamline", inputs)
+    kept = finished(out, key)
+    if kept is None:
+        state = out.resolve().with_name(f".{out.name}.healing")
+        with staged(out, "streamline") as partial, _work(out) as work:
+            with display.step("Choose the run"):
+                plan = plan_run(original, train[:CHOICE_WINDOWS], drop, replacement)
+            with display.step("Train the replacement") as progress:
+                made, facts = streamline(
+                    original,
+                    plan,
+                    train,
+                    selection,
+                    work,
+                    partial,
+                    settings,
+                    objective=objective,
+                    progress=progress,
+                    note=display.note,
+                    state=state,
+                )
+            facts = {
+                **{"run": plan.facts["run"], "drop": list(plan.drop)},
+                **{"objective": objective, "replacement": replacement},
+                **{"source_sha256": original.sha256, "sha256": made.sha256, **facts},
+            }
+            kept = write_manifest(partial, "streamline", key, {"streamline": facts})
+    return {"checkpoint": str(out), **kept["streamline"]}
+
+
+@contextlib.contextmanager
+def _work(out: Path) -> Iterator[Path]:
+    folder = out.resolve().with_name(f".{out.name}.work.partial")
+    shutil.rmtree(folder, ignore_errors=True)  # what a hard kill left
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def windows_for(
+    checkpoint: Checkpoint, text: HealText, settings: HealSettings
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Training and selection windows. Raises ShortstackError where the text is too short."""
+    encoder = Encoder(checkpoint)
+    inner = settings.window_tokens - len(encoder.prefix)
+    wanted = settings.steps * settings.batch_windows
+    own, general = read_documents(text.own), None
+    if text.general:
+        general = read_documents(text.general)
+        _check_disjoint(own, general)
+
+    def cut(documents: Sequence[str], what: str) -> list[list[int]]:
+        windows = packed_windows(documents, encoder.encode, inner)
+        if not windows:
+            raise ShortstackError(
+                f"the {what} text holds no {settings.window_tokens} tokens. Give more text or ask "
+                "for shorter windows."
+            )
+        return [[*encoder.prefix, *window] for window in windows]
+
+    train, selection = cut(own.train, "training"), cut(own.selection, "selection")
+    if general is None:
+        return train[:wanted], selection[: text.selection_windows]
+    train = mix(train, cut(general.train, "general training"), text.share, wanted)
+    other = cut(general.selection, "general selection")
+    half = max(1, text.selection_windows // 2)
+    return train, [*selection[:half], *other[:half]]
+
+
+def _check_disjoint(own: Documents, general: Documents) -> None:
+    shared = (set(own.train) & set(general.selection)) | (set(general.train) & set(own.selection))
+    if shared:
+        raise ShortstackError(
+            f"your text and the general text share {len(shared)} documents between training and "
+            "selection. Remove them from one file."
+        )
+
+
+def _folder(model: str) -> Checkpoint:
+    return Checkpoint.open(Path(model))
