@@ -5,9 +5,10 @@
         [--device cuda] [--jobs 3] [--limit ROWS] [--name NAME] [--out trim-results]
 
 DIR holds DOMAIN/SET/{train,validation,test}.jsonl[.gz] with questions. Tuned on train, scanned on
-150 rows of validation, tested once on test. A set without train divides its validation once. Each
-run is a process of its own and writes OUT/NAME.SET.MODE.SEED.json; one that is there is kept, and
-the table is made of all that are there. `--set` changes any field of Settings for all modes.
+150 rows of validation, tested once on test. A set without train divides its validation once, one
+with fewer than 100 validation rows gives the rest from train; contexts are left out where the test
+rows have none. Each run is a process of its own and writes OUT/NAME.SET.MODE.SEED.json; one that is
+there is kept, and the table is made of all that are there. `--set` changes any field of Settings.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SETS = (
     "science/sciq",
 )
 OFF_DOMAIN = ("general/piqa", "general/commonsense_qa")
-OFF_ROWS, SCAN_ROWS, SPLIT_SEED = 250, 150, 7
+OFF_ROWS, SCAN_ROWS, LEAST_SCAN, SPLIT_SEED = 250, 150, 100, 7
 DEFAULTS: dict[str, Any] = {
     "ratio": 0.25,
     "drop_per_step": 2,
@@ -68,7 +69,11 @@ def divided(
     for rows in (tune, scan, test):
         shuffled.shuffle(rows)
     if not tune:
-        tune = scan[SCAN_ROWS:]
+        tune, scan = scan[SCAN_ROWS:], scan[:SCAN_ROWS]
+    missing = max(0, LEAST_SCAN - len(scan))
+    tune, scan = tune[missing:], [*scan, *tune[:missing]]
+    if not any(question.context for question in test):
+        tune, scan = ([dataclasses.replace(q, context="") for q in rows] for rows in (tune, scan))
     return tune[:limit], scan[: min(SCAN_ROWS, limit)], test[:limit]
 
 
@@ -91,6 +96,8 @@ def run_one(job: dict[str, Any]) -> None:
     fields = {**DEFAULTS, **job["settings"], "mode": job["mode"], "seed": job["seed"]}
     settings = Settings(**{**fields, "snapshots": tuple(fields["snapshots"])})
     parts = Parts(*map(tuple, divided(data, job["set"], job["limit"])))
+    if "epochs" not in job["settings"] and 2 * len(parts.tune) <= settings.rows_per_epoch:
+        settings = dataclasses.replace(settings, epochs=2)  # a round of a small set is short
     off = {
         name: questions(data, name, "test")[: min(OFF_ROWS, job["limit"])] for name in OFF_DOMAIN
     }
@@ -190,55 +197,55 @@ def started(job: dict[str, Any]) -> int:
 
 def table(out: Path) -> str:
     """Markdown of all results in `out`: a row a set, run name, mode and depth; means over seeds."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
     for file in sorted(out.glob("*.json")):
         run = json.loads(file.read_text(encoding="utf-8"))
         if run["dense"]:
-            groups.setdefault((run["set"], "", "untuned", 1.0), []).append(run["dense"])
+            groups.setdefault((run["set"], "", "untuned", 1.0), {})[run["seed"]] = run["dense"]
         for left, scores in run["tests"].items():
-            share = int(left) / run["n_units"]
-            key = (run["set"], run["name"], run["mode"], round(share, 3))
-            groups.setdefault(key, []).append(scores)
+            share = round(int(left) / run["n_units"], 3)
+            key = (run["set"], run["name"], run["mode"], share)
+            groups.setdefault(key, {})[run["seed"]] = scores
     lines = [
-        "| set | run | mode | left | accuracy, % (± half of 95 %) | against full | macro-F1, % "
-        "| off-domain, % | seeds | n |",
+        "| set | run | mode | left | accuracy, % (± half of 95 %) | against full (by seed) "
+        "| macro-F1, % | off-domain, % | seeds | n |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     order = {"untuned": 0, "full": 1, "one-shot": 2, "progressive": 3}
     for key in sorted(groups, key=lambda k: (k[0], order[k[2]], k[1], -k[3])):
         full = groups.get((key[0], key[1], "full", 1.0)) or next(
-            (groups[k] for k in sorted(groups) if k[0] == key[0] and k[2] == "full"), None
+            (groups[k] for k in sorted(groups) if k[0] == key[0] and k[2] == "full"), {}
         )
         lines.append(_line(key, groups[key], full))
     return "\n".join(lines)
 
 
 def _line(
-    key: tuple[Any, ...], runs: list[dict[str, Any]], full: list[dict[str, Any]] | None
+    key: tuple[Any, ...], runs: dict[int, dict[str, Any]], full: dict[int, dict[str, Any]]
 ) -> str:
     name, run, mode, share = key
-    accuracy = [scores["test"]["accuracy"] for scores in runs]
-    mean, n = statistics.fmean(accuracy), runs[0]["test"]["n"]
+    accuracy = {seed: 100 * scores["test"]["accuracy"] for seed, scores in runs.items()}
+    mean = statistics.fmean(accuracy.values())
+    n = next(iter(runs.values()))["test"]["n"]
     # Of the rows, and of the seeds where there are several: both are drawn.
-    variance = mean * (1 - mean) / n
+    variance = mean * (100 - mean) / n
     if len(runs) > 1:
-        variance += statistics.variance(accuracy) / len(runs)
-    against = "" if full is None else f"{100 * (mean - _mean(full)):+.1f}"
-    f1 = [scores["test"]["macro_f1"] for scores in runs]
-    off = [scores[name]["accuracy"] for scores in runs for name in scores if name != "test"]
+        variance += statistics.variance(accuracy.values()) / len(runs)
+    gaps = [accuracy[s] - 100 * full[s]["test"]["accuracy"] for s in sorted(runs) if s in full]
+    against = (
+        f"{statistics.fmean(gaps):+.1f} ({' '.join(f'{g:+.1f}' for g in gaps)})" if gaps else ""
+    )
+    f1 = [scores["test"]["macro_f1"] for scores in runs.values()]
+    off = [s[other]["accuracy"] for s in runs.values() for other in s if other != "test"]
     cells = (
         *(name, run, mode, f"{share:.0%}"),
-        f"{100 * mean:.1f} ± {196 * math.sqrt(variance):.1f}",
-        against,
+        f"{mean:.1f} ± {1.96 * math.sqrt(variance):.1f}",
+        "" if mode == "full" else against,
         "" if f1[0] is None else f"{100 * statistics.fmean(f1):.1f}",
         f"{100 * statistics.fmean(off):.1f}" if off else "",
         *(len(runs), n),
     )
     return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def _mean(runs: list[dict[str, Any]]) -> float:
-    return statistics.fmean(scores["test"]["accuracy"] for scores in runs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
