@@ -42,8 +42,9 @@ class Kept:
 class Trimmed:
     """What a trim gave: the last model, the snapshots on the way, a curve with one row a round.
 
-    Rows hold `left`, `share`, `gone`, `tokens`, `seconds`, `loss`, and the scan rows' `accuracy`,
-    `nats`, `macro_f1`; `tests` has the test rows' scores of every kept depth.
+    Rows hold `left`, `share`, `dropped`, `tokens`, `seconds`, `loss`, `batch_rows` (fewer than
+    asked for where memory did not hold them), and the scan rows' `accuracy`, `nats`, `macro_f1`.
+    `tests` has the test rows' scores of every kept depth.
     """
 
     n_units: int
@@ -66,7 +67,7 @@ def trim(
     work: Path,
     *,
     identity: str = "",
-    others: dict[str, Sequence[Question]] | None = None,
+    others: Mapping[str, Sequence[Question]] | None = None,
     resumable: bool = True,
     on_round: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Trimmed:
@@ -118,7 +119,7 @@ class _Loop:
         self.resumable = True
         self.since = time.perf_counter()
 
-    def run(self, others: dict[str, Sequence[Question]]) -> Trimmed:
+    def run(self, others: Mapping[str, Sequence[Question]]) -> Trimmed:
         saved = self.state.read() if self.resumable else None
         if saved is None:
             self._begin()
@@ -197,6 +198,7 @@ class _Loop:
                 **dataclasses.asdict(found.whole),
                 "tokens": self.tokens,
                 "seconds": round(self.seconds, 2),
+                "batch_rows": -(-self.settings.batch_rows // self.tuner.pieces),
                 "dropped": [],
             }
         )
@@ -247,7 +249,7 @@ class _Loop:
         self._put(tensors)
         restore(self.tuner, tensors)
 
-    def _test(self, others: dict[str, Sequence[Question]]) -> dict[int, dict[str, Score]]:
+    def _test(self, others: Mapping[str, Sequence[Question]]) -> dict[int, dict[str, Score]]:
         """Score every kept model on the test rows, which nothing before this has seen."""
         sets = {"test": self.parts.test, **others}
         limit, device = self.settings.max_prompt_tokens, self.model.device

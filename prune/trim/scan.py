@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from shortstack.errors import ShortstackError
 from shortstack.prune.trim.rows import Row, encode
 from shortstack.questions import Question
 
@@ -127,7 +128,14 @@ def scan(model: TrimModel, exam: Exam, candidates: Sequence[Unit]) -> Scan:
     squares = torch.zeros(len(model.units), dtype=torch.float64, device=model.device)
     with torch.inference_mode(), model.autocast():
         for batch in exam.batches:
-            _climb(model, batch, wanted, sums, squares)
+            # Outside the handler: in it the failed attempt would still hold its memory.
+            fits = _climbs(model, batch, wanted, sums, squares)
+            for half in () if fits else _halves(batch):
+                if not _climbs(model, half, wanted, sums, squares):
+                    raise ShortstackError(
+                        f"out of memory while scanning {len(half.tokens)} rows of "
+                        f"{half.tokens.shape[1]} tokens. Shorten the prompts or scan on the CPU."
+                    )
     scores = [exam.score(row) for row in sums.cpu()]
     norms = squares.sqrt().tolist()
     return Scan(
@@ -137,13 +145,44 @@ def scan(model: TrimModel, exam: Exam, candidates: Sequence[Unit]) -> Scan:
     )
 
 
-def _climb(
+def _halves(batch: Batch) -> list[Batch]:
+    """The batch in two: memory did not hold it whole."""
+    middle = -(-len(batch.tokens) // 2)
+    first = batch.row < middle
+    parts = ((slice(middle), first, 0), (slice(middle, None), ~first, middle))
+    return [
+        Batch(
+            *(batch.tokens[rows], batch.real[rows], batch.row[reads] - start),
+            *(batch.position[reads], batch.target[reads], batch.choice[reads]),
+        )
+        for rows, reads, start in parts
+        if reads.any()
+    ]
+
+
+def _climbs(
     model: TrimModel, batch: Batch, wanted: Sequence[Unit], sums: Tensor, squares: Tensor
-) -> None:
+) -> bool:
+    """Add the batch's log likelihoods and squared norms; False, and nothing added, if the memory
+    does not hold it."""
+    import torch
+
+    try:
+        logs, norms = _climb(model, batch, wanted)
+    except torch.OutOfMemoryError:
+        return False
+    sums.index_add_(1, batch.choice, logs)
+    squares += norms
+    return True
+
+
+def _climb(model: TrimModel, batch: Batch, wanted: Sequence[Unit]) -> tuple[Tensor, Tensor]:
+    """Log likelihood of every target, (1 + variants, targets), and squared norms of the units."""
     import torch
 
     whole = model.embed(batch.tokens)
     variants = torch.empty(len(wanted), *whole.shape, dtype=whole.dtype, device=whole.device)
+    squares = torch.zeros(len(model.units), dtype=torch.float64, device=whole.device)
     joined = 0
     step = max(1, TOKENS[whole.device.type][1] // batch.tokens.numel())
     for number, unit in enumerate(model.units):
@@ -156,9 +195,11 @@ def _climb(
         if joined < len(wanted) and unit == wanted[joined]:
             variants[joined].copy_(below)
             joined += 1
-    for number, hidden in enumerate((whole, *variants)):
-        read = hidden[batch.row, batch.position]
-        sums[number].index_add_(0, batch.choice, _log_probabilities(model, read, batch.target))
+    logs = [
+        _log_probabilities(model, hidden[batch.row, batch.position], batch.target)
+        for hidden in (whole, *variants)
+    ]
+    return torch.stack(logs), squares
 
 
 def _log_probabilities(model: TrimModel, hidden: Tensor, targets: Tensor) -> Tensor:

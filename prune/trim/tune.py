@@ -110,20 +110,25 @@ class Tuner:
     def _step(self, batch: Sequence[Row]) -> Tensor:
         import torch
 
-        try:
-            loss = self._gradients(batch)
-        except torch.OutOfMemoryError:
-            if self.pieces > 1 or len(batch) < 2:
-                raise ShortstackError(
-                    f"out of memory with batches of {-(-len(batch) // self.pieces)} rows. "
-                    "Use smaller ones or shorter prompts."
-                ) from None
+        loss = self._gradients_if_they_fit(batch)
+        if loss is None:  # outside the handler: there the failed attempt would still hold memory
             self.pieces = 2
-            loss = self._gradients(batch)
+            loss = self._gradients_if_they_fit(batch)
+            assert loss is not None
         alive = [p for p in self.parameters.values() if p.grad is not None]
         torch.nn.utils.clip_grad_norm_(alive, CLIP)
         self.optimizer.step()
         return loss
+
+    def _gradients_if_they_fit(self, batch: Sequence[Row]) -> Tensor | None:
+        import torch
+
+        try:
+            return self._gradients(batch)
+        except torch.OutOfMemoryError:
+            if self.pieces == 1 and len(batch) > 1:
+                return None
+        raise _too_large(-(-len(batch) // self.pieces))
 
     def _gradients(self, batch: Sequence[Row]) -> Tensor:
         """Gradients of the whole batch's mean loss, which is returned, in `pieces` parts."""
@@ -138,6 +143,12 @@ class Tuner:
             losses.append(loss.detach())
         summed: Tensor = sum(losses[1:], losses[0])
         return summed
+
+
+def _too_large(n_rows: int) -> ShortstackError:
+    return ShortstackError(
+        f"out of memory with batches of {n_rows} rows. Use smaller ones or shorter prompts."
+    )
 
 
 def answer_loss(model: TrimModel, batch: Sequence[Row]) -> Any:

@@ -141,6 +141,8 @@ def _run(
 
     def note(row: dict[str, Any]) -> None:
         gone = ", ".join(row["dropped"]) or "nothing"
+        if row["batch_rows"] < settings.batch_rows:
+            display.note(f"Memory did not hold the batches: {row['batch_rows']} rows at a time")
         display.note(
             f"{row['left']} left ({row['share']:.0%}): scan accuracy {row['accuracy']:.3f}, "
             f"loss {row['loss']:.3f}; drops {gone}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import random
 import signal
@@ -78,7 +79,7 @@ def log_likelihood(model: Any, row: Row) -> float:
     with torch.inference_mode():
         logs = model(ids).logits.float().log_softmax(-1)[0, :-1]
     start = len(row.prompt) - 1
-    return sum(logs[start + at, token].item() for at, token in enumerate(row.answer))
+    return math.fsum(logs[start + at, token].item() for at, token in enumerate(row.answer))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2", "granite", "mistral-window"])
@@ -230,6 +231,43 @@ def test_out_of_memory_halves_the_batch_once(opened: tuple[Any, Encoder]) -> Non
     )
     with pytest.raises(ShortstackError, match="out of memory with batches of 4 rows"):
         tuner.round(rows, 1, lambda: None)
+
+
+def test_a_scan_halves_a_batch_that_memory_does_not_hold(opened: tuple[Any, Encoder]) -> None:
+    hf, encoder = opened
+    model = TrimModel(hf, "sub-block")
+    exam = Exam(encoder, longer(9), 64, torch.device("cpu"))
+    assert len(exam.batches) == 1
+    n_rows = len(exam.batches[0].tokens)
+    candidates = [Unit(1, "mlp"), Unit(4, "attention")]
+    before = scan(model, exam, candidates)
+
+    def full(module: Any, args: Any) -> None:
+        if len(args[0]) > limit:
+            raise torch.OutOfMemoryError("out of memory")
+
+    hf.model.embed_tokens.register_forward_pre_hook(full)
+    limit = n_rows - 1
+    found = scan(model, exam, candidates)
+    assert found.whole.nats == pytest.approx(before.whole.nats, rel=1e-5)
+    assert found.norm == pytest.approx(before.norm, rel=1e-5)
+    for unit in candidates:
+        assert found.without[unit].nats == pytest.approx(before.without[unit].nats, rel=1e-5)
+    limit = n_rows // 3
+    with pytest.raises(ShortstackError, match="out of memory while scanning"):
+        scan(model, exam, candidates)
+
+
+def test_whole_blocks_go(tiny: Path, tmp_path: Path) -> None:
+    settings = dataclasses.replace(QUICK, unit="block", drop_per_step=2, protect_last=1)
+    result = run(tiny, tmp_path / "work", settings, target=Target(keep=0.34))
+    assert [row["left"] for row in result.curve] == [6, 4, 2]
+    plan = plan_of(6, result.last.gone, {})
+    assert plan.keep == (0, 5)
+    assert not plan.attention
+    out = tmp_path / "out"
+    out.mkdir()
+    assert write_kept(Checkpoint.open(tiny), result.last, tmp_path / "work", {}, out).n_layers == 2
 
 
 CHILD = """
