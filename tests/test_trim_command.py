@@ -74,7 +74,7 @@ def test_what_is_wrong_is_one_line(
         (["--tune", tune, "--off-domain", leak, "--keep", "0.5"], "a leak"),
         (["--tune", one, "--keep", "0.5"], "8 different ones are needed"),
         (["--tune", columns, "--keep", "0.5"], "no string field 'question'"),
-        (["--tune", tune], "needs a target"),
+        (["--tune", tune], "needs one target"),
         (["--tune", tune, "--keep", "0.01"], "11 may go"),
         (["--tune", tune, "--keep", "0.5", "--device", "tpu"], "no device 'tpu'"),
     ):

@@ -77,7 +77,7 @@ def trim(
     model) are the same; with `resumable` false only the kept models are written there. `others`:
     further questions (off-domain) scored with the test rows, once, at the end. Raises
     ShortstackError for a target deeper than the model and for a loss that is not finite; the last
-    good state then stays in `work`.
+    good state then stays in `work`, and the same run with another rate goes on from it.
     """
     loop = _Loop(hf_model, encoder, parts, settings, target, work, identity, on_round)
     loop.resumable = resumable
@@ -110,7 +110,8 @@ class _Loop:
             "model": identity,
             "device": self.model.device.type,
         }
-        self.state = StateFolder(work, step_key("trim", inputs))
+        loose = {**inputs, "settings": {**dataclasses.asdict(settings), "rate": None}}
+        self.state = StateFolder(work, step_key("trim", inputs), step_key("trim", loose))
         self.on_round = on_round
         self.curve: list[dict[str, Any]] = []
         self.kept: dict[int, Kept] = {}
@@ -153,17 +154,18 @@ class _Loop:
         return dict(self.model.hf.named_parameters())
 
     def _done(self) -> bool:
-        return bool(self.curve) and self.schedule.ends(self.round, self.curve)
+        return bool(self.curve) and self.schedule.ends(self.round, self.model, self.curve)
 
     def _one_round(self) -> None:
         """Tune; then score or scan; then drop. Saved as a whole: a kill repeats one round."""
         try:
             took = self.tuner.round(self.rows, self.round, lambda: None)
         except NotFiniteError as error:
+            self.state.stop()
             raise ShortstackError(
                 f"{error} The last good state, {len(self.model.units)} of "
                 f"{len(self.model.all_units)} units left, is in {self.state.path}. "
-                "Run again with a lower rate."
+                "Run again with a lower rate to go on from there."
             ) from None
         self.tokens += took.n_tokens
         n_drop = self.schedule.drops(self.round, self.model)
@@ -178,10 +180,12 @@ class _Loop:
             self._drop(found, free, n_drop)
         self.round += 1
         self._save()
+        # After the state, which no longer names them: a kill between leaves only spare files.
+        self.state.clear("kept-*.safetensors", {kept.file for kept in self.kept.values()})
         self.on_round(self.curve[-1])
 
     def _drop(self, found: Scan, free: Sequence[Unit], n_drop: int) -> None:
-        dropped = choose(found, free, n_drop, self.settings.score)
+        dropped = self.schedule.enough(choose(found, free, n_drop, self.settings.score), self.model)
         self.curve[-1]["dropped"] = [str(unit) for unit in dropped]
         self.model.take_out({*self.model.gone, *dropped})
 
@@ -207,12 +211,14 @@ class _Loop:
         """Keep the model at a wanted depth; where several rounds share a depth, the best."""
         left = len(self.model.units)
         before = self.kept.get(left)
-        if not self.schedule.keeps(left, self.curve):
+        if not self.schedule.keeps(self.model, self.curve):
             return
         if before is not None and before.accuracy > score.accuracy:
             return
         name = f"kept-{left:04d}-{self.round:04d}.safetensors"
         self.state.save(name, self._weights())
+        if self.schedule.target.loss_points is not None:  # the latest is the deepest that passes
+            self.kept = {at: kept for at, kept in self.kept.items() if at in self.schedule.kept_at}
         self.kept[left] = Kept(
             left, tuple(sorted(self.model.gone)), score.accuracy, self.round, name
         )
@@ -227,6 +233,7 @@ class _Loop:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "curve": self.curve,
+            "costs": {str(unit): cost for unit, cost in self.schedule.costs.items()},
             "gone": [str(unit) for unit in sorted(self.model.gone)],
             "trained": [str(unit) for unit in sorted(self.tuner.trained)],
             "kept": [
@@ -240,6 +247,10 @@ class _Loop:
         self.phase, self.round = saved["phase"], saved["round"]
         self.tokens, self.seconds = saved["tokens"], saved["seconds"]
         self.curve = saved["curve"]
+        # Times were measured by the first process: not again.
+        costs = {parse_unit(unit): cost for unit, cost in saved["costs"].items()}
+        schedule = self.schedule
+        self.schedule = Schedule.make(self.model, self.settings, schedule.target, costs)
         for kept in saved["kept"]:
             gone = tuple(map(parse_unit, kept["gone"]))
             self.kept[kept["n_left"]] = Kept(**{**kept, "gone": gone})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,62 +29,94 @@ def droppable(model: TrimModel, settings: Settings) -> tuple[Unit, ...]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """`n_drop` units go, in steps; `n_rounds` of tuning in all, the last one after the last drop.
+    """At most `n_drop` units go, in steps; the last round of tuning comes after the last drop.
 
-    All three modes tune for the same number of rounds. With an open-ended target (`loss_points`)
-    `n_drop` is all that may go and the curve ends the loop.
+    All modes tune for the same number of rounds. With a target in accuracy or in costs `n_drop` is
+    all that may go and the loop ends when the target is met; `n_expected` is then the number of
+    average units that would meet it, by which the controls count their rounds. `costs` of the units
+    are bytes or seconds, of which at most `budget` may be left.
     """
 
     settings: Settings
     target: Target
     n_units: int
     n_drop: int
-    kept_at: tuple[int, ...]
+    n_expected: int
+    costs: Mapping[Unit, float]
+    budget: float
 
     @classmethod
-    def make(cls, model: TrimModel, settings: Settings, target: Target) -> Schedule:
+    def make(
+        cls,
+        model: TrimModel,
+        settings: Settings,
+        target: Target,
+        costs: Mapping[Unit, float] | None = None,
+    ) -> Schedule:
+        """`costs`: those that the same run measured before it was killed."""
         n_units, free = len(model.all_units), droppable(model, settings)
-        n_drop = _wanted(model, target, free)
+        costs = (costs or measured(model, target)) if target.costs else {}
+        budget = _budget(model, target, costs)
+        n_drop = len(free) if target.keep is None else n_units - round(target.keep * n_units)
+        least = (n_units - len(free)) / n_units
         if n_drop > len(free):
-            raise ShortstackError(
-                f"cannot drop {n_drop} of {n_units} units: {len(free)} may go (layer 0's attention "
-                f"and {settings.protect_first} first, {settings.protect_last} last layers stay). "
-                f"Keep at least {(n_units - len(free)) / n_units:.2f}."
-            )
-        shares = [
-            share for share in settings.snapshots if round(share * n_units) >= n_units - n_drop
-        ]
-        kept_at = {n_units - n_drop, *(round(share * n_units) for share in shares)}
-        return cls(settings, target, n_units, n_drop, tuple(sorted(kept_at, reverse=True)))
+            raise _too_deep(f"cannot drop {n_drop} of {n_units} units: {len(free)} may go", least)
+        if sum(costs.values()) - sum(costs[unit] for unit in free if costs) > budget:
+            raise _too_deep("the target is not met when all goes that may", least)
+        mean = sum(costs.values()) / n_units
+        excess = sum(costs.values()) - budget
+        n_expected = min(n_drop, math.ceil(excess / mean - 1e-6)) if costs else n_drop
+        return cls(settings, target, n_units, n_drop, max(0, n_expected), costs, budget)
+
+    @property
+    def kept_at(self) -> frozenset[int]:
+        """Units left where a model is kept: at the end, and at the snapshots that lie above it."""
+        least = self.n_units - self.n_drop
+        snapshots = {round(share * self.n_units) for share in self.settings.snapshots}
+        return frozenset({least, *(left for left in snapshots if left >= least)})
 
     @property
     def n_rounds(self) -> int:
-        return len(self._stops()) + self.settings.last_epochs
+        progressive = self.settings.mode == "progressive"
+        n_drop = self.n_drop if progressive else self.n_expected
+        return len(self._stops(n_drop)) + self.settings.last_epochs
 
-    def _stops(self) -> list[int]:
+    def _stops(self, n_drop: int) -> list[int]:
         """Units left at each round of a progressive run: by steps, but no kept depth skipped."""
-        stops, step = [self.n_units], self.settings.drop_per_step
-        while stops[-1] > self.n_units - self.n_drop:
-            below = max(stops[-1] - step, self.n_units - self.n_drop)
-            stops.append(max([below, *(left for left in self.kept_at if left < stops[-1])]))
+        stops, step, least = [self.n_units], self.settings.drop_per_step, self.n_units - n_drop
+        while stops[-1] > least:
+            below = max(stops[-1] - step, least)
+            kept = (left for left in self.kept_at if least <= left < stops[-1])
+            stops.append(max([below, *kept]))
         return stops
 
+    def met(self, units: Iterable[Unit]) -> bool:
+        """Whether these units cost no more than the target allows; False without such a target."""
+        return bool(self.costs) and sum(self.costs[unit] for unit in units) <= self.budget
+
     def drops(self, round_number: int, model: TrimModel) -> int:
-        """How many units go after this round."""
+        """How many units go after this round, at most."""
         left = len(model.units)
-        if self.settings.mode == "full":
+        if self.settings.mode == "full" or self.met(model.units):
             return 0
         if self.settings.mode == "one-shot":
             return self.n_drop if round_number == 0 else 0
-        return left - max((stop for stop in self._stops() if stop < left), default=left)
+        return left - max((stop for stop in self._stops(self.n_drop) if stop < left), default=left)
 
-    def keeps(self, left: int, curve: Sequence[dict[str, Any]]) -> bool:
+    def enough(self, dropped: Sequence[Unit], model: TrimModel) -> Sequence[Unit]:
+        """As many of `dropped`, from the front, as it takes to meet a target in costs."""
+        for count in range(1, len(dropped)):
+            if self.met(unit for unit in model.units if unit not in dropped[:count]):
+                return dropped[:count]
+        return dropped
+
+    def keeps(self, model: TrimModel, curve: Sequence[dict[str, Any]]) -> bool:
         """Whether the model of the round just noted is kept."""
         if self.settings.mode == "full":
             return True
         if self.target.loss_points is not None:
             return not self.missed(curve)
-        return left in self.kept_at
+        return len(model.units) in self.kept_at or self.met(model.units)
 
     def missed(self, curve: Sequence[dict[str, Any]]) -> bool:
         """Whether the accuracy has fallen below what may be lost."""
@@ -92,32 +125,37 @@ class Schedule:
             return False
         return bool(curve[-1]["accuracy"] < full - lost / 100)
 
-    def ends(self, round_number: int, curve: Sequence[dict[str, Any]]) -> bool:
-        return round_number >= self.n_rounds or self.missed(curve)
+    def ends(self, round_number: int, model: TrimModel, curve: Sequence[dict[str, Any]]) -> bool:
+        """Whether no round follows; one does after every drop."""
+        if round_number >= self.n_rounds or self.missed(curve):
+            return True
+        rested = sum(row["left"] == len(model.units) for row in curve)
+        progressive = self.settings.mode == "progressive"
+        return progressive and self.met(model.units) and rested > self.settings.last_epochs
 
 
-def _wanted(model: TrimModel, target: Target, free: Sequence[Unit]) -> int:
-    """How many units the target takes away at least; for bytes and time as if average ones went."""
-    n = len(model.all_units)
-    counts = [len(free)] if target.loss_points is not None else []
-    if target.keep is not None:
-        counts.append(n - round(target.keep * n))
+def measured(model: TrimModel, target: Target) -> dict[Unit, float]:
+    """What each unit costs: bytes, or seconds where the target is in time."""
+    if target.max_bytes is None:
+        return {unit: _seconds(model, unit) for unit in model.all_units}
+    return {
+        unit: float(sum(p.numel() * p.element_size() for p in model.parameters_of(unit).values()))
+        for unit in model.all_units
+    }
+
+
+def _budget(model: TrimModel, target: Target, costs: Mapping[Unit, float]) -> float:
+    """What the units that are left may cost; the embeddings and norms always stay."""
     if target.max_bytes is not None:
-        sizes = [
-            sum(p.numel() * p.element_size() for p in model.parameters_of(u).values()) for u in free
-        ]
         whole = sum(p.numel() * p.element_size() for p in model.hf.parameters())
-        counts.append(_count(whole - target.max_bytes, sizes))
-    if target.max_latency_ratio is not None:
-        seconds = [_seconds(model, unit) for unit in model.all_units]
-        counts.append(_count(sum(seconds) * (1 - target.max_latency_ratio), seconds))
-    return min(counts) if target.loss_points is not None and len(counts) > 1 else max(counts)
+        return float(target.max_bytes - (whole - sum(costs.values())))
+    return sum(costs.values()) * (target.max_latency_ratio or 1.0)
 
 
-def _count(excess: float, parts: Sequence[float]) -> int:
-    """How many average parts make up the excess."""
-    mean = sum(parts) / len(parts)
-    return max(0, -int(-excess // mean) if mean else 0)
+def _too_deep(what: str, least: float) -> ShortstackError:
+    return ShortstackError(
+        f"{what}. Layer 0's attention stays, and what is protected: keep at least {least:.2f}."
+    )
 
 
 def _seconds(model: TrimModel, unit: Unit, length: int = 64) -> float:

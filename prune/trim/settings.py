@@ -15,11 +15,11 @@ SCORES = ("scan", "norm", "both", "likelihood")
 
 @dataclass(frozen=True)
 class Target:
-    """Where the loop stops: at the deepest of these that is given.
+    """Where the loop stops; `keep` may bound `loss_points`, the others stand alone.
 
     `keep`: share of sub-blocks (or blocks) left. `loss_points`: how many points of scan accuracy
     may be lost against the full fine-tune, whose accuracy is `full_accuracy` (0 to 1).
-    `max_bytes`: of the weights that are left, as stored. `max_latency_ratio`: time of a forward
+    `max_bytes`: of the weights that are left, as float32. `max_latency_ratio`: time of a forward
     pass against the dense model's, from the measured time of each sub-block.
     """
 
@@ -38,10 +38,19 @@ class Target:
             raise ShortstackError(
                 "a tolerance needs the accuracy of the full fine-tune. Run mode 'full' first."
             )
-        if not any(
-            (self.keep, self.loss_points is not None, self.max_bytes, self.max_latency_ratio)
-        ):
-            raise ShortstackError("a trim needs a target. Say e.g. --keep 0.5")
+        costs = [self.max_bytes, self.max_latency_ratio]
+        aims = [self.loss_points if self.keep is None else self.keep, *costs]
+        given = sum(aim is not None for aim in aims)
+        if given != 1 or (self.loss_points is not None and any(costs)):
+            raise ShortstackError(
+                "a trim needs one target: a share to keep, a tolerance, bytes or time. "
+                "Say e.g. --keep 0.5"
+            )
+
+    @property
+    def costs(self) -> bool:
+        """Whether the target is a cost of what is left, in bytes or seconds."""
+        return self.max_bytes is not None or self.max_latency_ratio is not None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,28 +24,45 @@ class StateFolder:
     """Saved after every finished phase. state.json names the tensor file it belongs to and is
     replaced last, so that a kill leaves the old state or the new one, whole."""
 
-    def __init__(self, path: Path, key: str) -> None:
-        self.path, self._key = path, key
+    def __init__(self, path: Path, key: str, loose_key: str) -> None:
+        """`loose_key` is of the inputs that must agree even after a loss that was not finite."""
+        self.path, self._keys = path, {"key": key, "loose_key": loose_key}
 
     def read(self) -> dict[str, Any] | None:
-        """The progress of the same run; None where there is none."""
+        """The progress of the same run, or of one like it that was stopped; None where there is
+        none."""
+        data = self._data()
+        if data is None or not (self.path / data["tensors"]).is_file():
+            return None
+        which = "loose_key" if data.get("stopped") else "key"
+        return data if data.get(which) == self._keys[which] else None
+
+    def stop(self) -> None:
+        """Note that the run cannot go on from here as it was told to."""
+        data = self._data()
+        if data is not None:
+            write_text(self.path / STATE, json.dumps({**data, "stopped": True}, indent=1) + "\n")
+
+    def _data(self) -> dict[str, Any] | None:
         try:
             data = json.loads((self.path / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        if not isinstance(data, dict) or data.get("key") != self._key:
-            return None
-        return data if (self.path / data["tensors"]).is_file() else None
+        return data if isinstance(data, dict) and "tensors" in data else None
 
     def write(self, progress: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """`progress` must hold `phase`, a number that grows."""
         name = f"state-{progress['phase']:04d}.safetensors"
         self.save(name, tensors)
-        data = {**progress, "key": self._key, "tensors": name}
+        data = {**progress, **self._keys, "tensors": name}
         write_text(self.path / STATE, json.dumps(data, indent=1) + "\n")
-        for old in self.path.glob("state-*.safetensors"):
-            if old.name != name:
-                old.unlink()
+        self.clear("state-*.safetensors", {name})
+
+    def clear(self, pattern: str, kept: Collection[str]) -> None:
+        """Remove the files of a pattern but those named."""
+        for file in self.path.glob(pattern):
+            if file.name not in kept:
+                file.unlink()
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write one tensor file, whole or not at all."""

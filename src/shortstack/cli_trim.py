@@ -42,6 +42,10 @@ def trim(
     ratio: Annotated[float, typer.Option(help="Share of sub-blocks that is trained.")] = 0.25,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 1e-4,
     epochs_per_drop: Annotated[int, typer.Option(min=1)] = 1,
+    last_epochs: Annotated[int, typer.Option(min=0, help="More rounds after the last drop.")] = 0,
+    first_scan: Annotated[
+        str, typer.Option(help="What trains is chosen on the tuned or the untuned model.")
+    ] = "tuned",
     rows_per_epoch: Annotated[int, typer.Option(min=1)] = 1500,
     batch_rows: Annotated[int, typer.Option(min=1)] = 16,
     drop_per_step: Annotated[int, typer.Option(min=1)] = 1,
@@ -61,6 +65,7 @@ def trim(
         **{"epochs": epochs_per_drop, "rows_per_epoch": rows_per_epoch, "batch_rows": batch_rows},
         **{"drop_per_step": drop_per_step, "max_prompt_tokens": max_prompt_tokens, "seed": seed},
         **{"protect_first": protect_first, "protect_last": protect_last},
+        **{"last_epochs": last_epochs, "first_scan": first_scan},
         "snapshots": tuple(snapshot or ()),
     }
     target = {
