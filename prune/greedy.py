@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from shortstack.prune.calibrate import LayerwiseModel
 
-SCREEN = 4
+SCREEN = 3
 """Candidates a step: on SmolLM2-135M the cuts are as good as with all of them (docs/methods.md)."""
 SCOUT_SHARE = 4
 """The first look at every candidate reads one window in so many."""
