@@ -6,9 +6,9 @@
 
 Plans read the text's calibration part, perplexities its selection part. Each method plans once,
 for the deepest cut, and its path or its scores give the others; runs and merges plan for each
-count. `sub-block` removes twice the count. "mended": the same cut with a linear repair where it
-ends, fitted to the calibration windows (prune/boundary.py): what a repair may make of it. Every
-finished method lies in the folder of --out and is not computed again.
+count. Of sub-blocks twice the count goes. In brackets: the same cut with a linear repair where it
+ends, fitted to the calibration windows (prune/boundary.py), which is what a repair may make of it.
+Every finished method lies in the folder of --out and is not computed again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from shortstack.prune.sub_block import plan_of
 
 FASTEST_FIRST = (
     *("every", "last", "random", "influence", "angular", "cosine-run", "taylor", "greedy"),
-    *("repaired", "perplexity", "sub-block", "laco", "shapley"),
+    *("repaired", "perplexity", "sub-block", "repaired-sub-block", "laco", "shapley"),
 )
 OPTIONS: dict[str, dict[str, Any]] = {"shapley": {"permutations": 2, "depth": 8}}
 FOR_EACH_COUNT = ("angular", "cosine-run", "every", "laco", "last", "random")
@@ -47,7 +47,7 @@ FOR_EACH_COUNT = ("angular", "cosine-run", "every", "laco", "last", "random")
 
 def shallower(checkpoint: Checkpoint, plan: PrunePlan, count: int) -> PrunePlan:
     """The plan that the same method would make for a smaller count."""
-    if plan.method == "sub-block":
+    if METHODS[plan.method].sub_blocks:
         names = [step["drop"].split(".") for step in plan.facts["path"][: 2 * count]]
         return plan_of(
             checkpoint, plan.method, frozenset((int(layer), part) for layer, part in names), {}
