@@ -13,7 +13,7 @@ from shortstack.prune.climb import Cut, climb, whole
 from shortstack.prune.greedy import SCREEN, first_look, scout_of
 from shortstack.prune.plan import PrunePlan, Removal
 from shortstack.prune.protect import candidates
-from shortstack.prune.search import Search, check_screen, greedy_search, path_facts
+from shortstack.prune.search import Search, check_screen, greedy_search, layer_scores, path_facts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,8 +49,7 @@ def repaired(
         checkpoint, pieces, drop, windows, screen, repair, dtype, progress
     )
     facts["path"] = path_facts(found, lambda piece: min(piece)[0])
-    harm = {min(piece)[0]: score for piece, score in found.harm.items()}
-    scores = tuple(harm.get(index) for index in range(checkpoint.n_layers))
+    scores = layer_scores(found, checkpoint.n_layers)
     dropped = tuple(sorted({layer for layer, _ in found.cut}))
     return PrunePlan(checkpoint.n_layers, dropped, "repaired", scores, facts)
 
