@@ -143,6 +143,12 @@ class Loop:
         low = settings.dtype == "bfloat16" or (settings.dtype == "auto" and not on_cpu)
         self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if low else "no")
         self.device = self.accelerator.device
+        sharded = str(self.accelerator.distributed_type).endswith("FSDP")
+        if sharded and not getattr(self.accelerator, "is_fsdp2", False):
+            raise ShortstackError(
+                "healing in shards needs FSDP 2: what FSDP 1 holds has no tensor names. "
+                "Set fsdp_version: 2 in the config of accelerate."
+            )
         processes = self.accelerator.num_processes
         if settings.batch_windows % processes:
             raise ShortstackError(

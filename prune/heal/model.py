@@ -48,6 +48,8 @@ class Student(nn.Module):
         self.model = model
         self._teacher = (teacher,)  # in a tuple: the teacher is no part of this module
         self._settings = settings
+        # read by Accelerate where it wraps layers one by one
+        self._no_split_modules = getattr(model, "_no_split_modules", None)
 
     def forward(self, tokens: Tensor, targets_only: bool = False, top: Top | None = None) -> Tensor:
         """Loss summed over the (length - 1) * windows predictions of `tokens`.
