@@ -22,8 +22,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -42,6 +43,7 @@ CALIBRATION = (16, 256)
 GENERAL = ("legal/contracts_text", "general/tinyshakespeare", "finance/finqa", "general/gsm8k")
 CHOICES = ("science/arc_easy", "general/piqa", "general/hellaswag")
 UNSEEN = "general/lambada"
+T = TypeVar("T")
 STATES = ("cut", "repaired", "healed")
 
 
@@ -145,6 +147,21 @@ def score(checkpoint: Checkpoint, asked: argparse.Namespace, device: str) -> dic
     return found
 
 
+def on(device: str, work: Callable[[], T]) -> T:
+    """Run what knows no device on one, by torch's default; on the CPU where that fails."""
+    import torch
+
+    try:
+        torch.set_default_device(device)
+        return work()
+    except (RuntimeError, TypeError) as error:
+        print(f"not on {device}: {error}", file=sys.stderr, flush=True)
+        torch.set_default_device("cpu")
+        return work()
+    finally:
+        torch.set_default_device("cpu")
+
+
 def cell(asked: argparse.Namespace, method: str, depth: int) -> None:
     """One method at one depth, in a process of its own with one device."""
     import torch
@@ -165,21 +182,17 @@ def cell(asked: argparse.Namespace, method: str, depth: int) -> None:
     if plan_file.is_file():
         plan = PrunePlan.from_json(plan_file.read_text(encoding="utf-8"))
     else:
-        plan = planner(method)(original, drop=depth, windows=calibration)
+        plan = on(device, lambda: planner(method)(original, drop=depth, windows=calibration))
         plan_file.write_text(plan.to_json(), encoding="utf-8")
     seconds["choose"] = time.perf_counter() - began
     found: dict[str, Any] = {"method": method, "depth": depth, "drop": list(plan.drop)}
     states = {"cut": apply_plan(original, plan, _empty(work / "cut"))}
     if asked.repair != "none":
         began = time.perf_counter()
-        states["repaired"], facts = repair(
-            original,
-            states["cut"],
-            plan,
-            windows(original, texts["own"], 256)[:32],
-            selection[:24],
-            _empty(work / "repaired"),
-            method=asked.repair,
+        given = (original, states["cut"], plan, windows(original, texts["own"], 256)[:32])
+        states["repaired"], facts = on(
+            device,
+            lambda: repair(*given, selection[:24], _empty(work / "repaired"), method=asked.repair),
         )
         seconds["repair"] = time.perf_counter() - began
         found["repair"] = facts
@@ -210,6 +223,7 @@ def cell(asked: argparse.Namespace, method: str, depth: int) -> None:
 
 
 def _empty(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
 

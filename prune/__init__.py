@@ -54,6 +54,9 @@ METHODS = {
     "perplexity": Method("shortstack.prune.leave_one_out:perplexity", needs_text=True),
     "random": Method("shortstack.prune.methods:at_random", needs_text=False),
     "repaired": Method("shortstack.prune.repaired:repaired", needs_text=True),
+    "repaired-sub-block": Method(
+        "shortstack.prune.repaired_sub_block:repaired_sub_block", needs_text=True, sub_blocks=True
+    ),
     "shapley": Method("shortstack.prune.shapley:shapley", needs_text=True),
     "sub-block": Method("shortstack.prune.sub_block:sub_block", needs_text=True, sub_blocks=True),
     "taylor": Method("shortstack.prune.taylor:taylor", needs_text=True),

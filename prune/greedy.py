@@ -10,14 +10,14 @@ from shortstack.progress import OnProgress, silent
 from shortstack.prune.climb import Cut, climb, whole
 from shortstack.prune.plan import PrunePlan, Removal
 from shortstack.prune.protect import candidates
-from shortstack.prune.search import Search, check_screen, greedy_search, path_facts
+from shortstack.prune.search import Search, check_screen, greedy_search, layer_scores, path_facts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from shortstack.prune.calibrate import LayerwiseModel
 
-SCREEN = 4
+SCREEN = 3
 """Candidates a step: on SmolLM2-135M the cuts are as good as with all of them (docs/methods.md)."""
 SCOUT_SHARE = 4
 """The first look at every candidate reads one window in so many."""
@@ -46,8 +46,7 @@ def greedy(
     pieces = [whole(index) for index in free]
     found, facts = search_by_loss(checkpoint, pieces, drop, windows, screen, dtype, progress)
     facts["path"] = path_facts(found, lambda piece: min(piece)[0])
-    harm = {min(piece)[0]: score for piece, score in found.harm.items()}
-    scores = tuple(harm.get(index) for index in range(checkpoint.n_layers))
+    scores = layer_scores(found, checkpoint.n_layers)
     dropped = tuple(sorted({layer for layer, _ in found.cut}))
     return PrunePlan(checkpoint.n_layers, dropped, "greedy", scores, facts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from shortstack.errors import ShortstackError
@@ -34,10 +35,18 @@ def candidates(
 def pick(
     scores: Sequence[float | None], free: Sequence[int], drop: int | Removal
 ) -> tuple[int, ...]:
-    """The lowest-scored of the layers that may go."""
+    """The lowest-scored of the layers that may go.
+
+    Raises ShortstackError for scores that are no numbers, which have no order.
+    """
     from shortstack.prune.scoring import lowest
 
     assert isinstance(drop, int)
+    unordered = [index for index in free if math.isnan(scores[index] or 0.0)]
+    if unordered:
+        raise ShortstackError(
+            f"the score of layer {unordered[0]} is no number. Use dtype=float32, or other text."
+        )
     allowed = set(free)
     masked = [score if index in allowed else None for index, score in enumerate(scores)]
     return lowest(masked, drop)

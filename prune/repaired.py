@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.progress import OnProgress, silent
@@ -13,7 +13,7 @@ from shortstack.prune.climb import Cut, climb, whole
 from shortstack.prune.greedy import SCREEN, first_look, scout_of
 from shortstack.prune.plan import PrunePlan, Removal
 from shortstack.prune.protect import candidates
-from shortstack.prune.search import check_screen, greedy_search, path_facts
+from shortstack.prune.search import Search, check_screen, greedy_search, layer_scores, path_facts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +44,27 @@ def repaired(
     raised the divergence; a protected layer has none (None).
     """
     free = candidates("repaired", checkpoint.n_layers, drop, protect_first, protect_last)
+    pieces = [whole(index) for index in free]
+    found, facts = search_repaired(
+        checkpoint, pieces, drop, windows, screen, repair, dtype, progress
+    )
+    facts["path"] = path_facts(found, lambda piece: min(piece)[0])
+    scores = layer_scores(found, checkpoint.n_layers)
+    dropped = tuple(sorted({layer for layer, _ in found.cut}))
+    return PrunePlan(checkpoint.n_layers, dropped, "repaired", scores, facts)
+
+
+def search_repaired(
+    checkpoint: Checkpoint,
+    pieces: Sequence[Cut],
+    drop: int | Removal,
+    windows: list[list[int]],
+    screen: int,
+    repair: str,
+    dtype: str,
+    progress: OnProgress,
+) -> tuple[Search, dict[str, Any]]:
+    """Greedy search by KL after repair; the search and the facts of it for a plan."""
     check_screen(screen)
     fit = repair_named(repair)
     assert isinstance(drop, int)
@@ -52,7 +73,7 @@ def repaired(
     from shortstack.prune.calibrate import LayerwiseModel, batches, facts_of
     from shortstack.prune.heap import kept_heap
 
-    pieces, parts = [whole(index) for index in free], batches(windows)
+    parts = batches(windows)
     with torch.inference_mode(), kept_heap():
         model = LayerwiseModel(checkpoint, dtype)
         hints: dict[Cut, float] = {}
@@ -72,12 +93,8 @@ def repaired(
         "repair": repair,
         "screen": screen,
         "candidates_tried": found.tried,
-        "path": path_facts(found, lambda piece: min(piece)[0]),
     }
-    harm = {min(piece)[0]: score for piece, score in found.harm.items()}
-    scores = tuple(harm.get(index) for index in range(checkpoint.n_layers))
-    dropped = tuple(sorted({layer for layer, _ in found.cut}))
-    return PrunePlan(checkpoint.n_layers, dropped, "repaired", scores, facts)
+    return found, facts
 
 
 @dataclass(frozen=True)

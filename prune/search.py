@@ -47,6 +47,7 @@ def greedy_search(
     whose latest known harm is lowest (in the beginning `hints`, in the same unit). Harm mostly
     grows as more is gone, so an old number is a lower bound, and a piece passed over rises to the
     top as the others' numbers are renewed: lazy greedy search (Minoux 1978) with a bounded width.
+    Raises ShortstackError where no score is finite.
     """
     harm = dict.fromkeys(pieces, 0.0) | dict(hints or {})
     left, score, n_tried = list(pieces), start, 0
@@ -60,6 +61,11 @@ def greedy_search(
         harm |= {piece: found - score for piece, found in zip(tried, scores, strict=True)}
         n_tried += len(tried)
         score, at = min((s, left.index(piece)) for piece, s in zip(tried, scores, strict=True))
+        if not math.isfinite(score):
+            raise ShortstackError(
+                f"without {done + 1} pieces every score is infinite or no number. "
+                "Use dtype=float32, or other text."
+            )
         path.append((left.pop(at), score))
         step(done + 1)
     return Search(tuple(path), harm, n_tried)
@@ -79,8 +85,11 @@ def _comparable(score: float) -> float:
 
 
 def path_facts(search: Search, name: Callable[[Cut], Any]) -> list[dict[str, Any]]:
-    """The path as JSON-able data; a score that is not finite is None."""
-    return [
-        {"drop": name(piece), "score": score if math.isfinite(score) else None}
-        for piece, score in search.path
-    ]
+    """The path as JSON-able data."""
+    return [{"drop": name(piece), "score": score} for piece, score in search.path]
+
+
+def layer_scores(search: Search, n_layers: int) -> tuple[float | None, ...]:
+    """The latest known harm of each layer, where the pieces are layers; None if it has none."""
+    harm = {min(piece)[0]: score for piece, score in search.harm.items() if math.isfinite(score)}
+    return tuple(harm.get(index) for index in range(n_layers))

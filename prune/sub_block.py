@@ -30,16 +30,16 @@ def sub_block(
     dropped. `screen` as for the method greedy. The attention of layer 0 stays in any case: GGUF
     (arch deci) reads the size of a head from it.
     """
-    pieces = free_sub_blocks(checkpoint, drop, protect_first, protect_last)
+    pieces = free_sub_blocks("sub-block", checkpoint, drop, protect_first, protect_last)
     check_screen(screen)
     assert isinstance(drop, int)
     found, facts = search_by_loss(checkpoint, pieces, drop, windows, screen, dtype, progress)
-    facts["path"] = path_facts(found, _name)
+    facts["path"] = path_facts(found, name_of)
     return plan_of(checkpoint, "sub-block", found.cut, facts)
 
 
 def free_sub_blocks(
-    checkpoint: Checkpoint, drop: int | Removal, protect_first: int, protect_last: int
+    method: str, checkpoint: Checkpoint, drop: int | Removal, protect_first: int, protect_last: int
 ) -> list[Cut]:
     """The sub-blocks that may go, each as a cut of its own.
 
@@ -47,7 +47,7 @@ def free_sub_blocks(
     """
     n_layers = checkpoint.n_layers
     within = 1 if isinstance(drop, int) else drop
-    free = candidates("sub-block", n_layers, within, protect_first, protect_last)
+    free = candidates(method, n_layers, within, protect_first, protect_last)
     pieces: list[Cut] = [
         frozenset({(layer, part)})
         for layer in free
@@ -79,6 +79,6 @@ def plan_of(checkpoint: Checkpoint, method: str, cut: Cut, facts: dict[str, obje
     )
 
 
-def _name(piece: Cut) -> str:
+def name_of(piece: Cut) -> str:
     ((layer, part),) = piece
     return f"{layer}.{part}"

@@ -76,6 +76,56 @@ def divergence(teacher: Callable[[slice], Tensor], temperature: float = 1.0) -> 
     return chunk
 
 
+@dataclass(frozen=True)
+class Top:
+    """A teacher's k likeliest tokens at each position, and how likely all others are together.
+
+    `ids` and `log_p` are (positions, k), `log_rest` (positions,): natural logarithms of
+    probabilities at the temperature of the loss, which sum to 1 with the rest.
+    """
+
+    ids: Tensor
+    log_p: Tensor
+    log_rest: Tensor
+
+    def __getitem__(self, rows: slice) -> Top:
+        return Top(self.ids[rows], self.log_p[rows], self.log_rest[rows])
+
+    @classmethod
+    def of(cls, logits: Tensor, k: int, temperature: float = 1.0) -> Top:
+        """From logits (positions, vocabulary); k below the vocabulary, or there is no rest."""
+        scaled = logits / temperature
+        total = scaled.logsumexp(-1)
+        highest, ids = scaled.topk(k, -1)
+        rest = scaled.scatter_(-1, ids, -torch.inf).logsumexp(-1)
+        return cls(ids, highest - total[:, None], rest - total)
+
+
+def top_divergence(teacher: Callable[[slice], Top], temperature: float = 1.0) -> Chunk:
+    """T^2 KL over k + 1 outcomes: the teacher's k likeliest tokens K, and any other token.
+
+    KL = sum_(i in K) p_i log(p_i / q_i) + p_rest log(p_rest / q_rest), q_rest = 1 - sum_K q_i: a
+    lower bound of the whole KL (outcomes are joined), that is 0 only if q agrees on K. The gradient
+    in the logits is T (q - r), r = p on K, and p_rest q_j / q_rest for any other token j.
+    """
+
+    def chunk(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        top = teacher(rows)
+        scaled = logits / temperature
+        total = scaled.logsumexp(-1, keepdim=True)
+        log_q = scaled.gather(-1, top.ids) - total
+        gradient = (scaled - total).exp_()
+        log_rest = scaled.scatter_(-1, top.ids, -torch.inf).logsumexp(-1) - total[:, 0]
+        p, rest = top.log_p.exp(), top.log_rest.exp()
+        loss = (p * (top.log_p - log_q)).sum() + (rest * (top.log_rest - log_rest)).sum()
+        on_top = gradient.gather(-1, top.ids) - p
+        gradient.mul_(1 - (top.log_rest - log_rest).exp()[:, None])
+        gradient.scatter_(-1, top.ids, on_top)
+        return temperature**2 * loss, gradient.mul_(temperature)
+
+    return chunk
+
+
 def mixed(first: Chunk, second: Chunk, alpha: float) -> Chunk:
     """alpha * first + (1 - alpha) * second."""
 

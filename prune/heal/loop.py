@@ -20,6 +20,7 @@ from shortstack.errors import ShortstackError
 from shortstack.pretrained import load
 from shortstack.progress import OnProgress
 from shortstack.prune.heal import state
+from shortstack.prune.heal.cache import TeacherCache
 from shortstack.prune.heal.model import Student, freeze
 from shortstack.prune.heal.order import rows_of_step
 from shortstack.prune.heal.settings import HealSettings
@@ -42,6 +43,7 @@ class Loop:
         selection_windows: Sequence[Sequence[int]],
         settings: HealSettings,
         note: Callable[[str], None],
+        cache: Path | None = None,
     ) -> None:
         self.settings, self._note = settings, note
         self.windows = _equal(train_windows, "training")
@@ -51,10 +53,14 @@ class Loop:
         model = load(student.path, torch.float32, text_only=bool(student.family.nested))
         freeze(model, student, settings)
         judge: Any = None
-        if teacher is not None and settings.loss != "ce":
+        self._cache: TeacherCache | None = None
+        if teacher is not None and settings.runs_teacher:
             dtype = torch.bfloat16 if low else torch.float32
             judge = load(teacher.path, dtype, text_only=bool(teacher.family.nested))
             judge.requires_grad_(False).to(self.device)
+            if cache is not None:
+                self._cache = self._fill(cache, teacher, judge)
+                judge = None
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise ShortstackError(f"train {settings.train!r} leaves nothing to train.")
@@ -137,6 +143,12 @@ class Loop:
         low = settings.dtype == "bfloat16" or (settings.dtype == "auto" and not on_cpu)
         self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if low else "no")
         self.device = self.accelerator.device
+        sharded = str(self.accelerator.distributed_type).endswith("FSDP")
+        if sharded and not getattr(self.accelerator, "is_fsdp2", False):
+            raise ShortstackError(
+                "healing in shards needs FSDP 2: what FSDP 1 holds has no tensor names. "
+                "Set fsdp_version: 2 in the config of accelerate."
+            )
         processes = self.accelerator.num_processes
         if settings.batch_windows % processes:
             raise ShortstackError(
@@ -146,6 +158,14 @@ class Loop:
         chosen = settings.micro_windows or MICRO_TOKENS[self.device.type] // self.windows.shape[1]
         self._micro = min(max(1, chosen), settings.batch_windows // processes)
         return low
+
+    def _fill(self, folder: Path, teacher: Checkpoint, judge: Any) -> TeacherCache:
+        made = TeacherCache(folder, teacher.sha256, self.windows, self.settings)
+        turn = (self.accelerator.process_index, self.accelerator.num_processes)
+        with torch.no_grad(), self.accelerator.autocast():
+            made.fill(judge, self._micro, turn)
+        self.accelerator.wait_for_everyone()
+        return made
 
     def _evaluate_if_due(self) -> None:
         at, settings = self.position, self.settings
@@ -194,13 +214,14 @@ class Loop:
         rows = rows_of_step(
             step, self.settings.batch_windows, len(self.windows), self.settings.seed
         )
-        parts = self._share(self.windows[torch.tensor(rows)]).split(self._micro)
+        parts = self._share(torch.tensor(rows)).split(self._micro)
         predictions = self.settings.batch_windows * (self.windows.shape[1] - 1)
         total = torch.zeros((), device=self.device)
-        for tokens in parts:
-            last = tokens is parts[-1]
+        for part in parts:
+            last = part is parts[-1]
+            top = self._cache.read(part.tolist(), self.device) if self._cache else None
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self._wrapped):
-                loss = self._wrapped(tokens.to(self.device)) / predictions
+                loss = self._wrapped(self.windows[part].to(self.device), top=top) / predictions
                 # processes average their gradients, what is wanted is the sum
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             total += loss.detach()

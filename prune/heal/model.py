@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
-from shortstack.prune.heal.distill import Chunk, Head, divergence, mixed, next_token, summed_loss
+from shortstack.prune.heal.distill import (
+    Chunk,
+    Head,
+    Top,
+    divergence,
+    mixed,
+    next_token,
+    summed_loss,
+    top_divergence,
+)
 from shortstack.prune.heal.settings import HealSettings
 
 
@@ -39,27 +48,36 @@ class Student(nn.Module):
         self.model = model
         self._teacher = (teacher,)  # in a tuple: the teacher is no part of this module
         self._settings = settings
+        # read by Accelerate where it wraps layers one by one
+        self._no_split_modules = getattr(model, "_no_split_modules", None)
 
-    def forward(self, tokens: Tensor, targets_only: bool = False) -> Tensor:
+    def forward(self, tokens: Tensor, targets_only: bool = False, top: Top | None = None) -> Tensor:
         """Loss summed over the (length - 1) * windows predictions of `tokens`.
 
-        `targets_only`: nats of the next token, whatever the loss is; what perplexity needs.
+        `targets_only`: nats of the next token, whatever the loss is; what perplexity needs. `top`:
+        the teacher's likeliest tokens at those predictions, from a cache.
         """
         if self._settings.loss == "mse" and not targets_only:
             return self._replaced(tokens)
         chunk = next_token(tokens[:, 1:].flatten())
         if not targets_only and self._settings.loss != "ce":
-            chunk = self._with_teacher(tokens, chunk)
+            kl = self._divergence(tokens, top)
+            alpha = self._settings.alpha
+            chunk = kl if self._settings.loss == "kl" else mixed(kl, chunk, alpha)
         return summed_loss(final_hidden(self.model, tokens), head_of(self.model), chunk)
 
-    def _with_teacher(self, tokens: Tensor, targets: Chunk) -> Chunk:
+    def _divergence(self, tokens: Tensor, top: Top | None) -> Chunk:
+        temperature, k = self._settings.temperature, self._settings.top_k
+        if top is not None:
+            return top_divergence(lambda rows: top[rows], temperature)
         teacher = self._teacher[0]
         with torch.no_grad():
             hidden, head = final_hidden(teacher, tokens), head_of(teacher)
-        kl = divergence(lambda rows: head.logits(hidden[rows]), self._settings.temperature)
-        if self._settings.loss == "kl":
-            return kl
-        return mixed(kl, targets, self._settings.alpha)
+        if k is None:
+            return divergence(lambda rows: head.logits(hidden[rows]), temperature)
+        return top_divergence(
+            lambda rows: Top.of(head.logits(hidden[rows]), k, temperature), temperature
+        )
 
     def _replaced(self, tokens: Tensor) -> Tensor:
         """Squared distance of hidden states, the mean over width, summed over as many positions as

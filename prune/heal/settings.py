@@ -72,6 +72,10 @@ class HealSettings:
         self._check_numbers()
 
     @property
+    def runs_teacher(self) -> bool:
+        return self.loss != "ce"
+
+    @property
     def steps(self) -> int:
         return math.ceil(self.tokens / (self.batch_windows * self.window_tokens))
 

@@ -35,13 +35,16 @@ def heal(
     progress: OnProgress = silent,
     note: Callable[[str], None] = lambda text: None,
     state: Path | None = None,
+    cache: Path | None = None,
 ) -> tuple[Checkpoint, dict[str, Any]]:
     """Train `student` towards `teacher`; write the best state into the existing empty `out`.
 
     Windows are of equal length, in tokens. Best is lowest perplexity on `selection_windows`, step
     0 included: where healing never helps, what is written is the student, and a note says so.
-    `state`: a folder for what a killed run goes on from, removed at the end. Progress counts
-    steps. Several processes may come here together (`accelerate launch`): the first one writes.
+    `state`: a folder for what a killed run goes on from, removed at the end. `cache`: a folder for
+    the teacher's `top_k` likeliest tokens of the training windows, made if it is not there, and
+    kept; the teacher is not run in training then. Progress counts steps. Several processes may
+    come here together (`accelerate launch`): the first one writes.
 
     The facts: `perplexity_before`, `perplexity_after` (of what is written, rounded to the stored
     type), `best_step`, `steps`, `stopped` (why, if before the end), `tokens_seen`, `tokens_per_s`
@@ -53,10 +56,10 @@ def heal(
             f"loss {settings.loss!r} needs the model that was cut. Give it with --teacher, or "
             "train on text alone with --loss ce."
         )
-    _check_vocabularies(student, teacher)
+    _check_vocabularies(student, teacher, settings)
     key = _key(student, teacher, train_windows, selection_windows, settings)
     with measured() as meter:
-        run = Loop(student, teacher, train_windows, selection_windows, settings, note)
+        run = Loop(student, teacher, train_windows, selection_windows, settings, note, cache)
         run.train(progress, state, key)
         changed, after = _result(run, student, note)
     main = run.accelerator.is_main_process
@@ -144,8 +147,15 @@ def _key(
     )
 
 
-def _check_vocabularies(student: Checkpoint, teacher: Checkpoint | None) -> None:
+def _check_vocabularies(
+    student: Checkpoint, teacher: Checkpoint | None, settings: HealSettings
+) -> None:
     sizes = [c.dims["vocab"] for c in (student, teacher) if c is not None]
+    if settings.top_k is not None and settings.top_k >= sizes[0]:
+        raise ShortstackError(
+            f"top_k is {settings.top_k}, the vocabulary has {sizes[0]} tokens. Leave it out: all "
+            "count then."
+        )
     if len(set(sizes)) > 1:
         raise ShortstackError(
             f"the student knows {sizes[0]} tokens, the teacher {sizes[1]}. Heal with the model "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,6 +24,15 @@ def heal(
     loss: Annotated[str, typer.Option(help="kl (to the teacher), ce (the text) or mix.")] = "kl",
     alpha: Annotated[float, typer.Option(help="Weight of kl in mix.")] = 0.5,
     temperature: float = 1.0,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Teacher's tokens that count one by one; all.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the teacher's --top-k tokens.")
+    ] = None,
+    self_generated_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens that the teacher writes, more text to train on.")
+    ] = 0,
     window_tokens: Annotated[int, typer.Option(min=8)] = 512,
     batch_windows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
     micro_windows: Annotated[int | None, typer.Option(help="Windows run at once.")] = None,
@@ -59,6 +69,7 @@ def heal(
         loss=loss,  # type: ignore[arg-type]  # checked by the settings
         alpha=alpha,
         temperature=temperature,
+        top_k=top_k,
         train=train,
         eval_steps=eval_steps,
         save_steps=save_steps,
@@ -67,9 +78,12 @@ def heal(
         dtype=dtype,
         device=device,
     )
-    wanted = heal_commands.HealText(tuple(text), tuple(general or ()), share, selection_windows)
+    wanted = heal_commands.HealText(
+        *(tuple(text), tuple(general or ()), share, selection_windows, self_generated_tokens)
+    )
     result = heal_commands.heal_model(
         *(student, teacher, wanted, out, settings),
+        cache=cache,
         display=terminal.display(quiet or as_json or not heal_commands.is_first()),
     )
     if heal_commands.is_first():

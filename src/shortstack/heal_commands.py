@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,18 +20,26 @@ from shortstack.prune.heal.data import Documents, mix, packed_windows, read_docu
 from shortstack.prune.heal.settings import HealSettings
 from shortstack.tokens import Encoder
 
+BEGINNING_TOKENS = 8
+"""Of a training window: what the teacher goes on from when it writes text itself."""
+
 CHOICE_WINDOWS = 16
 """Training windows on which the run of LLM-Streamline is chosen."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HealText:
-    """Where the text comes from; `share` is that of general text among training windows."""
+    """Where the text comes from; `share` is that of general text among training windows.
+
+    `self_generated_tokens`: how many tokens more the teacher shall write itself, each window
+    beginning with the first few tokens of a training window.
+    """
 
     own: tuple[str, ...]
     general: tuple[str, ...] = ()
     share: float = 0.5
     selection_windows: int = 32
+    self_generated_tokens: int = 0
 
 
 def is_first() -> bool:
@@ -45,6 +54,7 @@ def heal_model(
     out: Path,
     settings: HealSettings,
     *,
+    cache: Path | None = None,
     display: Display,
 ) -> dict[str, Any]:
     """Heal the folder `student`; `out` becomes a Hugging Face folder like it.
@@ -64,24 +74,26 @@ def heal_model(
         "student": cut.sha256,
         "teacher": original.sha256 if original else None,
         "text": [train, selection],
+        "self_generated_tokens": text.self_generated_tokens,
         "settings": dataclasses.asdict(settings),
     }
     key = step_key("heal", inputs)
     kept = finished(out, key)
     if kept is None:
+        train = [*train, *_self_generated(original, train, text, out, settings, key, display)]
         with display.step("Heal") as progress:
             run = functools.partial(heal, cut, original, train, selection)
             target = out.resolve()
             state = target.with_name(f".{target.name}.healing")
+            run = functools.partial(run, state=state, cache=cache)
             partial = target.with_name(f".{target.name}.partial")  # of the first process
             if not first:
-                return run(partial, settings, state=state)[1]
+                return run(partial, settings)[1]
             with staged(out, "heal") as partial:
-                healed, facts = run(
-                    partial, settings, progress=progress, note=display.note, state=state
-                )
+                healed, facts = run(partial, settings, progress=progress, note=display.note)
                 facts = {**facts, "source_sha256": cut.sha256, "sha256": healed.sha256}
                 kept = write_manifest(partial, "heal", key, {"heal": facts})
+        _samples_file(out).unlink(missing_ok=True)
     return {"checkpoint": str(out), **kept["heal"]}
 
 
@@ -149,6 +161,40 @@ def _work(out: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _self_generated(
+    teacher: Checkpoint | None,
+    train: list[list[int]],
+    text: HealText,
+    out: Path,
+    settings: HealSettings,
+    key: str,
+    display: Display,
+) -> list[list[int]]:
+    """Windows that the teacher writes; kept beside the output until that is done."""
+    if not text.self_generated_tokens:
+        return []
+    if teacher is None:
+        raise ShortstackError("only a teacher can write text itself. Give it with --teacher.")
+    from shortstack.prune.heal.sample import kept_windows, sampled_windows
+
+    beginnings = [window[:BEGINNING_TOKENS] for window in train]
+    count = math.ceil(text.self_generated_tokens / settings.window_tokens)
+    with display.step("Let the teacher write") as progress:
+        make = functools.partial(
+            sampled_windows,
+            *(teacher, beginnings, settings.window_tokens, count),
+            seed=settings.seed,
+            device=settings.device,
+            progress=progress,
+        )
+        return kept_windows(_samples_file(out), key, make, first=is_first())
+
+
+def _samples_file(out: Path) -> Path:
+    target = out.resolve()
+    return target.with_name(f".{target.name}.samples")
 
 
 def windows_for(

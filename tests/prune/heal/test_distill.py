@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from shortstack.prune.heal import distill
-from shortstack.prune.heal.distill import Head, divergence, mixed, next_token, summed_loss
+from shortstack.prune.heal.distill import (
+    Head,
+    Top,
+    divergence,
+    mixed,
+    next_token,
+    summed_loss,
+    top_divergence,
+)
 
 POSITIONS, WIDTH, VOCABULARY, TEMPERATURE = 23, 16, 97, 2.0
 
@@ -82,3 +90,46 @@ def test_a_frozen_head_gets_no_gradient() -> None:
     summed_loss(hidden, Head(weight), CE).backward()
     assert hidden.grad is not None
     assert weight.grad is None
+
+
+def top_of_teacher(k: int) -> Top:
+    return Top.of(TEACHER.clone(), k, TEMPERATURE)
+
+
+@pytest.mark.parametrize("k", [1, 8, VOCABULARY - 1])
+def test_top_tokens_and_a_rest(k: int) -> None:
+    """The plain loss over k + 1 outcomes, differentiated by autograd, is what ours says."""
+    top = top_of_teacher(k)
+    p = (TEACHER / TEMPERATURE).softmax(-1)
+    torch.testing.assert_close(top.log_p.exp(), p.gather(1, top.ids))
+    torch.testing.assert_close(top.log_p.exp().sum(-1) + top.log_rest.exp(), torch.ones(POSITIONS))
+
+    def plain(logits: Tensor) -> Tensor:
+        q = (logits / TEMPERATURE).softmax(-1)
+        on_top = q.gather(1, top.ids)
+        joined = torch.cat([on_top, q.scatter(1, top.ids, 0.0).sum(-1, keepdim=True)], -1)
+        wanted = torch.cat([top.log_p, top.log_rest[:, None]], -1).exp()
+        return TEMPERATURE**2 * (wanted * (wanted.log() - joined.log())).sum()
+
+    hidden = numbers(2, POSITIONS, WIDTH).requires_grad_()
+    weight = numbers(3, VOCABULARY, WIDTH).requires_grad_()
+    other, also = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    loss = summed_loss(hidden, Head(weight), top_divergence(lambda rows: top[rows], TEMPERATURE))
+    expected = plain(functional.linear(other, also))
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(hidden.grad, other.grad, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(weight.grad, also.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_fewer_outcomes_never_diverge_more() -> None:
+    hidden, head = numbers(2, POSITIONS, WIDTH), Head(numbers(3, VOCABULARY, WIDTH))
+    losses = [
+        summed_loss(hidden, head, top_divergence(top_of_teacher(k).__getitem__, TEMPERATURE)).item()
+        for k in (1, 4, 32, VOCABULARY - 1)
+    ]
+    whole = summed_loss(hidden, head, KL).item()
+    assert losses == sorted(losses)
+    assert losses[-1] == pytest.approx(whole, rel=1e-4)
+    assert losses[0] < 0.9 * whole

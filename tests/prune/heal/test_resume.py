@@ -111,3 +111,16 @@ def test_two_processes_give_what_one_gives(
                 np.frombuffer(read(two)[name], np.float32),
                 atol=2e-4,
             )
+
+
+def test_shards_have_the_gradients_of_the_whole(cut: Checkpoint) -> None:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"),
+        *("-m", "tests.sharded_healing", str(cut.path)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["split"]
+    assert facts["kept"]
+    assert facts["worst"] < 1e-5 * facts["largest"]
