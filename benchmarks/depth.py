@@ -206,7 +206,7 @@ def cell(asked: argparse.Namespace, method: str, depth: int) -> None:
         train=asked.train,
     )
     states["healed"], facts = heal(
-        states["repaired" if "repaired" in states else "cut"],
+        states[asked.heal_from],
         original,
         training_windows(asked, original),
         selection[:64],
@@ -297,6 +297,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--train", default="all")
     parser.add_argument("--repair", default="folded")
+    parser.add_argument("--heal-from", choices=STATES[:2], default="cut")
     parser.add_argument("--devices", nargs="+", default=["cpu"])
     parser.add_argument("--jobs", type=int, default=1, help="processes on a device at a time")
     parser.add_argument("--threads", type=int, default=2)

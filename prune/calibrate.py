@@ -232,6 +232,8 @@ def _fast_bfloat16() -> bool:
 
 
 def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    import torch
+
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -258,7 +260,7 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     finally:
         if bars:
             logging.enable_progress_bar()
-    return model.eval()
+    return model.eval().to(torch.get_default_device())
 
 
 @contextlib.contextmanager
