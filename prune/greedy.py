@@ -36,7 +36,7 @@ def greedy(
 ) -> PrunePlan:
     """Drop `drop` layers one by one, each time the one whose loss raises perplexity least.
 
-    SLEB (arXiv:2402.09025), algorithm 1. `screen`: how many candidates a step tries, those least
+    SLEB (arXiv:2402.09025). `screen`: how many candidates a step tries, those least
     harmful when last tried; 0 tries all, as the paper does. Scores: by how many nats a token a
     layer's loss last raised the loss; a protected layer has none (None).
     """
