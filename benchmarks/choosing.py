@@ -2,13 +2,13 @@
 
     python -m benchmarks.choosing MODEL --text FILE [--drops 4 8 12 15] [--methods NAME ...]
         [--windows 8] [--length 128] [--test-windows 8] [--test-length 256] [--dtype auto]
-        [--threads 1] [--out choosing-out]
+        [--repair bias] [--threads 1] [--out choosing-out]
 
 Plans read the text's calibration part, perplexities its selection part. Each method plans once,
 for the deepest cut, and its path or its scores give the others; runs and merges plan for each
-count. Of sub-blocks twice the count goes. In brackets: the same cut with a linear repair where it
-ends, fitted to the calibration windows (prune/boundary.py), which is what a repair may make of it.
-Every finished method lies in the folder of --out and is not computed again.
+count. Of sub-blocks twice the count goes. In brackets, with --repair: the same cut mended where it
+ends (prune/boundary.py), fitted to the calibration windows; `linear` wants many more tokens than
+the model is wide. Every finished method lies in the folder of --out and is not computed again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 from shortstack.checkpoint import Checkpoint
 from shortstack.families.table import PARTS
 from shortstack.prune import METHODS, PrunePlan, apply_plan, planner
-from shortstack.prune.boundary import Repair, fitted, repair_named
+from shortstack.prune.boundary import REPAIRS, Repair, fitted, repair_named
 from shortstack.prune.calibrate import LayerwiseModel, batches
 from shortstack.prune.climb import Cut, climb, whole
 from shortstack.prune.greedy import loss_under
@@ -90,13 +90,14 @@ class Text:
             return math.exp(loss_under(model, self.test, [frozenset()])[0])
 
     def mended(self, plan: PrunePlan) -> float | None:
-        """Perplexity with linear repairs, fitted from the bottom up on the calibration part."""
-        if plan.merge:
+        """Perplexity with repairs, fitted from the bottom up on the calibration part."""
+        if plan.merge or self.asked.repair == "none":
             return None
+        how = repair_named(self.asked.repair)
         repairs: dict[int, Repair] = {}
 
         def fit(place: int, arriving: list[Tensor]) -> list[Tensor]:
-            repairs[place] = fitted(repair_named("linear"), arriving, self.wanted[place])
+            repairs[place] = fitted(how, arriving, self.wanted[place])
             return use(place, arriving)
 
         def use(place: int, arriving: list[Tensor]) -> list[Tensor]:
@@ -162,6 +163,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--test-length", type=int, default=256)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--repair", default="none", choices=REPAIRS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("choosing-out"))
     asked = parser.parse_args()

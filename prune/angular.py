@@ -25,7 +25,7 @@ def angular(
 ) -> PrunePlan:
     """Drop the contiguous run of `drop` layers that turns the last token's state least.
 
-    The Unreasonable Ineffectiveness of the Deeper Layers (arXiv:2403.17887), section 3.2, as in
+    The Unreasonable Ineffectiveness of the Deeper Layers (arXiv:2403.17887), as in
     arcee-ai/PruneMe: scoring.angular_distance averaged over the windows. Scores: that of the run
     that begins at a layer, 0 to 1.
     """

@@ -28,7 +28,7 @@ def nothing(arriving: Tensor, wanted: Tensor) -> Repair:
 
 
 def mean_bias(arriving: Tensor, wanted: Tensor) -> Repair:
-    """x + E[Z - X], the "emulated update" of Siddiqui et al. (arXiv:2407.16286), section 5."""
+    """x + E[Z - X], the "emulated update" of Siddiqui et al. (arXiv:2407.16286)."""
     bias = (wanted - arriving).double().mean(0)
     return lambda states: (states.double() + bias).to(states.dtype)
 

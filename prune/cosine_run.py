@@ -25,7 +25,7 @@ def cosine_run(
 ) -> PrunePlan:
     """Drop the contiguous run of `drop` layers whose input and output are most alike.
 
-    LLM-Streamline (arXiv:2403.19135), section 3.1: the largest mean cosine over all tokens.
+    LLM-Streamline (arXiv:2403.19135): the largest mean cosine over all tokens.
     Scores: 1 - that mean for the run that begins at a layer, 0 to 2.
     """
     return plan_run(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from shortstack.prune.calibrate import LayerwiseModel
 
 SCREEN = 3
-"""Candidates a step: on SmolLM2-135M the cuts are as good as with all of them (docs/methods.md)."""
+"""Candidates a step: less than a quarter of the layer evaluations of all (docs/methods.md)."""
 SCOUT_SHARE = 4
 """The first look at every candidate reads one window in so many."""
 
@@ -36,9 +36,9 @@ def greedy(
 ) -> PrunePlan:
     """Drop `drop` layers one by one, each time the one whose loss raises perplexity least.
 
-    SLEB (arXiv:2402.09025), algorithm 1. `screen`: how many candidates a step tries, those least
-    harmful when last tried; 0 tries all, as the paper does. Scores: by how many nats a token a
-    layer's loss last raised the loss; a protected layer has none (None).
+    SLEB (arXiv:2402.09025). `screen`: how many candidates a step tries, those least harmful when
+    last tried; 0 tries all, as the paper does. Scores: by how many nats a token a layer's loss
+    last raised the loss; a protected layer has none (None).
     """
     free = candidates("greedy", checkpoint.n_layers, drop, protect_first, protect_last)
     check_screen(screen)

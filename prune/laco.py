@@ -35,7 +35,7 @@ def laco(
     threshold: float = 0.75,
     dtype: str = "auto",
 ) -> PrunePlan:
-    """Merge layers from the top down until `drop` are gone: LaCo (arXiv:2402.11187), algorithm 1.
+    """Merge layers from the top down until `drop` are gone: LaCo (arXiv:2402.11187).
 
     `merge` layers at a time become one (scoring.merged_weights) if the last hidden state then has
     a mean cosine above `threshold` with the whole model's, and the sweep goes on `interval` layers

@@ -25,7 +25,7 @@ def block_influence(inputs: Tensor, outputs: Tensor) -> Tensor:
 
 
 def angular_distance(before: Tensor, after: Tensor) -> Tensor:
-    """Angular distance of hidden states (Gromov et al., arXiv:2403.17887, equation 8).
+    """Angular distance of hidden states (Gromov et al., arXiv:2403.17887).
 
     d = (1 / pi) arccos( x . y / (|x| |y|) ), 0 for one direction, 1 for opposite ones. `before` and
     `after` have shape (..., hidden); the result has shape (...), float64.
@@ -37,7 +37,7 @@ def angular_distance(before: Tensor, after: Tensor) -> Tensor:
 def taylor_importance(weights: Iterable[Tensor], gradients: Iterable[Tensor]) -> float:
     """First-order importance of a block: sum of |w * dL/dw| over its weight matrices.
 
-    Shortened LLaMA (arXiv:2402.02834), section 3.1, "Taylor+". In nats a token if L is.
+    Shortened LLaMA (arXiv:2402.02834), its score "Taylor". In nats a token if L is.
     """
     pairs = zip(weights, gradients, strict=True)
     return sum((weight * gradient).abs().double().sum().item() for weight, gradient in pairs)
@@ -46,7 +46,7 @@ def taylor_importance(weights: Iterable[Tensor], gradients: Iterable[Tensor]) ->
 def merged_weights(
     first: Mapping[int, float], others: Sequence[Mapping[int, float]]
 ) -> dict[int, float]:
-    """LaCo's merge of several layers into the first (arXiv:2402.11187, equation 1).
+    """LaCo's merge of several layers into the first (arXiv:2402.11187, rule RDSC).
 
     theta* = theta_l + sum_k (theta_(l+k) - theta_l). Each layer is given, and the result, as
     weights of the original's layers, so that merged layers can be merged again. (The official

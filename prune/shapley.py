@@ -35,7 +35,7 @@ def shapley(
 ) -> PrunePlan:
     """Drop the `drop` layers with the lowest Shapley value, estimated from random orders.
 
-    Siddiqui et al. (arXiv:2407.16286), section 2: the players are the layers that may go, the
+    Siddiqui et al. (arXiv:2407.16286): the players are the layers that may go, the
     value of a coalition is minus the loss, and a layer's marginal is the loss without it minus the
     loss with it. In each of `permutations` orders every layer has one marginal. `depth` layers at
     most are gone at once, then the walk begins anew from the whole model: marginals in models

@@ -26,7 +26,7 @@ def sub_block(
 ) -> PrunePlan:
     """Remove `drop` sub-blocks one by one, each time the one that raises perplexity least.
 
-    BlockPruner (arXiv:2406.10594), algorithm 1. A layer that loses both of its sub-blocks is
+    BlockPruner (arXiv:2406.10594). A layer that loses both of its sub-blocks is
     dropped. `screen` as for the method greedy. The attention of layer 0 stays in any case: GGUF
     (arch deci) reads the size of a head from it.
     """
