@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.prune import PrunePlan, apply_plan
 from shortstack.prune.calibrate import LayerwiseModel, batches
-from shortstack.prune.repair import REPAIRS, bias, ghost, least_squares, patch, repair, scale
+from shortstack.prune.repair import REPAIRS, bias, ghost, least_squares, patch, refit, repair, scale
 from shortstack.prune.repair.boundaries import Boundary, boundaries
 from shortstack.prune.repair.fold import slot_tensors, write_repaired
-from shortstack.prune.repair.maps import Map, MapOutput, Scale, Shift, Slot
+from shortstack.prune.repair.maps import Map, MapOutput, OwnMlp, Scale, Shift, Slot
 from shortstack.prune.repair.statistics import Statistics, normed, regress
 from shortstack.prune.repair.support import refusal
 from shortstack.prune.repair.walk import Walk
@@ -217,6 +218,51 @@ def test_a_folded_map_computes_what_the_map_does_between_layers(
     assert (found - logits(load(pruned.path))).abs().max() > 1e-2 * found.abs().max()
     assert made.n_layers == len(noted.keep) == 5 + 2 * (kind == "slot")
     assert made.removed["attention"] == ((2, 4) if kind == "slot" else ())
+
+
+@pytest.mark.parametrize("model", ["llama", "mistral", "qwen2"])
+def test_a_refitted_layer_is_the_old_one_with_another_down_projection(
+    model: str, tmp_path: Path
+) -> None:
+    original = Checkpoint.open(make_zoo_model(model, tmp_path / model))
+    plan = PrunePlan(8, (2, 3, 5), "explicit")
+    pruned = cut(original, plan, tmp_path / "cut")
+    gap = boundaries(plan)[0]
+    down = 0.3 * random(96, 64)
+    out = tmp_path / "out"
+    out.mkdir()
+    made, noted = write_repaired(original, pruned, plan, [(gap, OwnMlp(3, down))], out)
+    expected = load(original.path)
+    layer = expected.model.layers[3]
+    layer.mlp.down_proj.weight.data = down.T.float()
+    for name, parameter in layer.self_attn.named_parameters():
+        if name.startswith("o_proj"):
+            parameter.data.zero_()
+    for index in (2, 5):
+        expected.model.layers[index].register_forward_hook(lambda _, given, __: given[0])
+    assert (logits(load(made.path)) - logits(expected)).abs().max() < 1e-5
+    assert (noted.drop, noted.attention) == ((2, 5), (3,))
+    assert made.removed["attention"] == (2,)
+    with torch.inference_mode():
+        whole = LayerwiseModel(original, "float32")
+        activate = partial(whole.mlp_activations, 3)
+        hidden = random(2, 5, 64).float()
+        step = OwnMlp(3, down, None, activate).apply(hidden, None) - hidden
+        expected_step = layer.mlp(layer.post_attention_layernorm(hidden))
+    assert torch.allclose(step, expected_step, atol=1e-5)
+
+
+def test_a_refit_is_ridge_regression_to_the_old_weights() -> None:
+    x, activations, old = random(300, 8), random(300, 12, seed=1), random(12, 8, seed=2)
+    wanted, offset = old + random(12, 8, seed=3), random(8, seed=4)
+    z = x + activations @ wanted + offset
+    found = Statistics(8, features="own", start=old, offset=offset)
+    found.add(x, activations, z)
+    downs = {label: map_.down for label, map_ in refit.fit(found) if isinstance(map_, OwnMlp)}
+    assert torch.equal(downs["as it was"], old)
+    errors = [float((down - wanted).norm() / (old - wanted).norm()) for down in downs.values()]
+    assert errors[1] < 0.05
+    assert errors[1] < errors[2] < errors[3] < errors[0] == 1
 
 
 def linear_layer(folder: Path, layer: int) -> Checkpoint:
