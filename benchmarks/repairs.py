@@ -87,6 +87,10 @@ def one_cut(original: Checkpoint, drop: str, texts: Texts, work: Path) -> None:
     )
     spent = time.perf_counter() - begin
     gaps = len(boundaries(plan))
+    print(f"<!-- {title}: all repairs fitted in {spent:.0f} s; selection perplexity by gap:")
+    for attempt in attempts:
+        print(f"{attempt.name}: {_perplexity(attempt.nats, texts.selection):.2f}", *attempt.log)
+    print("-->", flush=True)
     for attempt in attempts:
         if attempt.refused is not None or not math.isfinite(attempt.nats):
             print(f"| {title} | {attempt.name} | refused: {attempt.refused} |", flush=True)
@@ -97,7 +101,6 @@ def one_cut(original: Checkpoint, drop: str, texts: Texts, work: Path) -> None:
         kept = f"{len(attempt.maps)} of {gaps}" if attempt.nats < before else "none kept"
         n_slots = made.n_layers - cut.n_layers
         _row(title, attempt.name, made.n_layers, n_slots, texts.figures(made), kept)
-    print(f"<!-- {title}: all repairs fitted in {spent:.0f} s -->", flush=True)
 
 
 def _own_mlp(original: Checkpoint, plan: PrunePlan, title: str, texts: Texts, work: Path) -> None:

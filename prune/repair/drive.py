@@ -78,12 +78,7 @@ def run(
 ) -> tuple[Checkpoint, dict[str, Any]]:
     """See `shortstack.prune.repair.repair`."""
     check_made_of(original, pruned, plan)
-    refused = {name: refusal(pruned, REPAIRS[name].kind) for name in CHOICES[method]}
-    if all(refused.values()):
-        name = next(iter(refused))
-        raise ShortstackError(
-            f"{pruned.path} cannot hold the repair {name!r}: {refused[name]}. Try: --method auto"
-        )
+    refused = _refusals(pruned, method)
     parts, chosen_on = batches(calibration), batches(selection)
     n_tokens = sum(tokens.numel() for tokens in parts)
     if n_tokens < pruned.dims["d"]:
@@ -107,6 +102,17 @@ def run(
         "candidates": {a.name: _facts(a, before, n_predicted) for a in attempts},
     }
     return _write_best(original, pruned, plan, attempts, before, chosen_on, out, dtype, facts)
+
+
+def _refusals(pruned: Checkpoint, method: str) -> dict[str, str | None]:
+    """Repair -> why the model cannot hold it. Raises ShortstackError if it can hold none."""
+    refused = {name: refusal(pruned, REPAIRS[name].kind) for name in CHOICES[method]}
+    if all(refused.values()):
+        name = next(iter(refused))
+        raise ShortstackError(
+            f"{pruned.path} cannot hold the repair {name!r}: {refused[name]}. Try: --method auto"
+        )
+    return refused
 
 
 def fit_all(
