@@ -8,6 +8,7 @@ from typing import Any
 from shortstack.checkpoint import Checkpoint
 from shortstack.commands import opened
 from shortstack.errors import ShortstackError, unknown
+from shortstack.families import context_tokens
 from shortstack.intake import model_paths
 from shortstack.manifest import check_apart, check_ours, finished, staged, step_key, write_manifest
 from shortstack.progress import Display
@@ -39,9 +40,10 @@ def repair_model(
     check_apart(out, [pruned, *model_paths(of)])
     cut, plan, corpus = Checkpoint.open(pruned), _plan_of(pruned), open_corpus(text)
     encoder = Encoder(cut)
+    length = min(window_tokens, context_tokens(cut.config, windowed=True) or window_tokens)
     texts = (
-        encoder.windows(corpus.calibration, window_tokens, windows),
-        encoder.windows(corpus.selection, window_tokens, max(1, windows // 4)),
+        encoder.windows(corpus.calibration, length, windows),
+        encoder.windows(corpus.selection, length, max(1, windows // 4)),
     )
     with opened(of, out, display) as original:
         inputs = {
