@@ -1,7 +1,7 @@
 """Cut a model at several depths, try every repair without training, print a Markdown table.
 
     python -m benchmarks.repairs MODEL --text TEXT [--unseen TEXT] [--cuts "4,16-18;3-5,15-18,25"]
-        [--windows 32] [--length 256] [--dtype auto] [--threads 1]
+        [--repairs bias,ghost] [--windows 32] [--length 256] [--dtype auto] [--threads 1]
 
 Repairs are fitted on the calibration part of the text, kept or not on its selection part, and
 measured on its test part as written to disk. `own MLP` is the control of a slot: the last layer
@@ -40,7 +40,7 @@ class Texts:
     """Windows of every part, and the perplexities of a checkpoint on those it was not fitted on."""
 
     def __init__(self, model: Checkpoint, text: str, unseen: str | None, asked: argparse.Namespace):
-        self.dtype = asked.dtype
+        self.dtype, self.repairs = asked.dtype, asked.repairs.split(",")
         encoder, corpus = Encoder(model), open_corpus(text)
         self.calibration = batches(encoder.windows(corpus.calibration, asked.length, asked.windows))
         few = max(1, asked.windows // 4)
@@ -71,7 +71,7 @@ def one_cut(original: Checkpoint, drop: str, texts: Texts, work: Path) -> None:
     title = f"{len(plan.drop)} of {plan.n_layers}: {drop}"
     _row(title, "none", cut.n_layers, 0, texts.figures(cut), "")
     _own_mlp(original, plan, title, texts, work)
-    refused = {name: refusal(cut, made.kind) for name, made in REPAIRS.items()}
+    refused = {name: refusal(cut, REPAIRS[name].kind) for name in texts.repairs}
     begin = time.perf_counter()
     (work / "fit").mkdir()
     attempts, before, _ = fit_all(
@@ -87,6 +87,10 @@ def one_cut(original: Checkpoint, drop: str, texts: Texts, work: Path) -> None:
     )
     spent = time.perf_counter() - begin
     gaps = len(boundaries(plan))
+    print(f"<!-- {title}: all repairs fitted in {spent:.0f} s; selection perplexity by gap:")
+    for attempt in attempts:
+        print(f"{attempt.name}: {_perplexity(attempt.nats, texts.selection):.2f}", *attempt.log)
+    print("-->", flush=True)
     for attempt in attempts:
         if attempt.refused is not None or not math.isfinite(attempt.nats):
             print(f"| {title} | {attempt.name} | refused: {attempt.refused} |", flush=True)
@@ -97,7 +101,6 @@ def one_cut(original: Checkpoint, drop: str, texts: Texts, work: Path) -> None:
         kept = f"{len(attempt.maps)} of {gaps}" if attempt.nats < before else "none kept"
         n_slots = made.n_layers - cut.n_layers
         _row(title, attempt.name, made.n_layers, n_slots, texts.figures(made), kept)
-    print(f"<!-- {title}: all repairs fitted in {spent:.0f} s -->", flush=True)
 
 
 def _own_mlp(original: Checkpoint, plan: PrunePlan, title: str, texts: Texts, work: Path) -> None:
@@ -123,6 +126,7 @@ def main() -> None:
     parser.add_argument("--text", default="spdx")
     parser.add_argument("--unseen", help="a text of another kind, only measured on")
     parser.add_argument("--cuts", default=CUTS, help="layers to drop, cuts apart by ;")
+    parser.add_argument("--repairs", default=",".join(REPAIRS), help="which, by commas")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--dtype", default="auto", help="what the models compute in")

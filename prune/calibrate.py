@@ -129,6 +129,24 @@ class LayerwiseModel:
         made: Tensor = self._model.get_decoder().norm(hidden[:, :-1]).flatten(0, 1)
         return made
 
+    def mlp_activations(self, index: int, hidden: Tensor) -> Tensor:
+        """What the down projection of layer `index` would multiply if the layer had no attention.
+
+        Shape (..., MLP width), the type of the model. For families with a norm before the MLP.
+        """
+        layer, inputs = self._layers[index], []
+
+        def note(module: Any, given: tuple[Tensor, ...]) -> None:
+            inputs.append(given[0])
+
+        handle = layer.mlp.down_proj.register_forward_pre_hook(note)
+        try:
+            layer.mlp(layer.post_attention_layernorm(hidden.to(self.dtype)))
+        finally:
+            handle.remove()
+        activations: Tensor = inputs[0]
+        return activations
+
     def nats(self, hidden: Tensor, tokens: Tensor) -> float:
         """Negative log likelihood of every token but the first of each window, summed.
 

@@ -38,23 +38,8 @@ def rewrite(
     (new name -> name in the checkpoint) copies tensors under other names; those of `changed` are
     new ones. Raises ShortstackError for a value that is not finite, a changed shape, a full disk.
     """
-    first = next(iter(checkpoint.tensors.values()))
     source = {name: name for name in checkpoint.tensors} if names is None else names
-    infos = {
-        name: (checkpoint.tensors[old].dtype, checkpoint.tensors[old].shape)
-        for name, old in source.items()
-    }
-    for name, values in changed.items():
-        if not np.isfinite(values).all():
-            raise ShortstackError(
-                f"{name} holds numbers that are not finite. Train again with a lower rate."
-            )
-        stored, shape = infos.get(name, (first.dtype, values.shape))
-        if shape != values.shape:
-            raise ShortstackError(f"{name} is {list(shape)}, not {list(values.shape)}.")
-        if dtype is not None and dtype not in STORED:
-            raise ShortstackError(f"cannot store {dtype!r}. Use one of {', '.join(STORED)}.")
-        infos[name] = (dtype or stored, shape)
+    infos = _infos(checkpoint, source, changed, dtype)
     layout = lay_out(((name, *what) for name, what in infos.items()), MAX_SHARD_BYTES)
     require_space(out, layout.n_bytes)
     with disk_errors(out):
@@ -73,3 +58,29 @@ def rewrite(
     written = Checkpoint.open(out)
     check_loadable(written)
     return written
+
+
+def _infos(
+    checkpoint: Checkpoint,
+    source: Mapping[str, str],
+    changed: Mapping[str, NDArray[np.float32]],
+    dtype: str | None,
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of every tensor to write."""
+    first = next(iter(checkpoint.tensors.values()))
+    infos = {
+        name: (checkpoint.tensors[old].dtype, checkpoint.tensors[old].shape)
+        for name, old in source.items()
+    }
+    for name, values in changed.items():
+        if not np.isfinite(values).all():
+            raise ShortstackError(
+                f"{name} holds numbers that are not finite. Train again with a lower rate."
+            )
+        stored, shape = infos.get(name, (first.dtype, values.shape))
+        if shape != values.shape:
+            raise ShortstackError(f"{name} is {list(shape)}, not {list(values.shape)}.")
+        if dtype is not None and dtype not in STORED:
+            raise ShortstackError(f"cannot store {dtype!r}. Use one of {', '.join(STORED)}.")
+        infos[name] = (dtype or stored, shape)
+    return infos

@@ -19,12 +19,12 @@ class Repair:
     """One way to repair: where its fit is, what it becomes, and what it has to know.
 
     `kind`: `shift` and `output` change the layer before a gap, `scale` everything before it;
-    `slot` adds a layer without attention. `features` and `rotated`: see `Statistics`.
+    `slot` and `own` add a layer without attention. `features` and `rotated`: see `Statistics`.
     """
 
     target: str
-    kind: Literal["shift", "scale", "output", "slot"]
-    features: Literal["", "mlp", "normed"] = ""
+    kind: Literal["shift", "scale", "output", "slot", "own"]
+    features: Literal["", "mlp", "normed", "own"] = ""
     rotated: bool = False
 
 
@@ -34,12 +34,13 @@ REPAIRS = {
     "least-squares": Repair("shortstack.prune.repair.least_squares:fit", "output", "mlp"),
     "patch": Repair("shortstack.prune.repair.patch:fit", "slot", "normed", rotated=True),
     "ghost": Repair("shortstack.prune.repair.ghost:fit", "slot", "normed"),
+    "refit": Repair("shortstack.prune.repair.refit:fit", "own", "own"),
 }
 """Name -> repair. A new one: a module and a line here."""
 
 CHOICES = {
     "auto": tuple(REPAIRS),
-    "folded": tuple(name for name, made in REPAIRS.items() if made.kind != "slot"),
+    "folded": tuple(name for name, made in REPAIRS.items() if made.kind not in ("slot", "own")),
     **{name: (name,) for name in REPAIRS},
 }
 """What can be asked for -> the repairs that are tried; `folded` are those that add no layer."""

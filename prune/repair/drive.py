@@ -25,8 +25,8 @@ from shortstack.prune.calibrate import LayerwiseModel, batches, choose_dtype
 from shortstack.prune.plan import PrunePlan
 from shortstack.prune.repair import CHOICES, REPAIRS, Repair
 from shortstack.prune.repair.boundaries import Boundary, boundaries
-from shortstack.prune.repair.fold import write_repaired
-from shortstack.prune.repair.maps import Map, Slot
+from shortstack.prune.repair.fold import projection, write_repaired
+from shortstack.prune.repair.maps import Map, OwnMlp, Slot
 from shortstack.prune.repair.patch import basis
 from shortstack.prune.repair.statistics import Statistics
 from shortstack.prune.repair.support import refusal, skipped
@@ -78,12 +78,7 @@ def run(
 ) -> tuple[Checkpoint, dict[str, Any]]:
     """See `shortstack.prune.repair.repair`."""
     check_made_of(original, pruned, plan)
-    refused = {name: refusal(pruned, REPAIRS[name].kind) for name in CHOICES[method]}
-    if all(refused.values()):
-        name = next(iter(refused))
-        raise ShortstackError(
-            f"{pruned.path} cannot hold the repair {name!r}: {refused[name]}. Try: --method auto"
-        )
+    refused = _refusals(pruned, method)
     parts, chosen_on = batches(calibration), batches(selection)
     n_tokens = sum(tokens.numel() for tokens in parts)
     if n_tokens < pruned.dims["d"]:
@@ -107,6 +102,17 @@ def run(
         "candidates": {a.name: _facts(a, before, n_predicted) for a in attempts},
     }
     return _write_best(original, pruned, plan, attempts, before, chosen_on, out, dtype, facts)
+
+
+def _refusals(pruned: Checkpoint, method: str) -> dict[str, str | None]:
+    """Repair -> why the model cannot hold it. Raises ShortstackError if it can hold none."""
+    refused = {name: refusal(pruned, REPAIRS[name].kind) for name in CHOICES[method]}
+    if all(refused.values()):
+        name = next(iter(refused))
+        raise ShortstackError(
+            f"{pruned.path} cannot hold the repair {name!r}: {refused[name]}. Try: --method auto"
+        )
+    return refused
 
 
 def fit_all(
@@ -140,7 +146,7 @@ def fit_all(
         for done, gap in enumerate(gaps):
             reference.advance(gap.source)
             for at, chain in enumerate(chains):
-                _step(chain, pruned, gap, reference)
+                _step(chain, original, pruned, gap, reference)
                 progress(done * len(chains) + at + 1, len(gaps) * len(chains))
     found = {c.name: Attempt(c.name, tuple(c.maps), tuple(c.log), c.nats) for c in chains}
     attempts = [found.get(n) or Attempt(n, refused=reason) for n, reason in refused.items()]
@@ -164,7 +170,9 @@ def _start(
     )
 
 
-def _step(chain: Chain, pruned: Checkpoint, gap: Boundary, reference: Walk) -> None:
+def _step(
+    chain: Chain, original: Checkpoint, pruned: Checkpoint, gap: Boundary, reference: Walk
+) -> None:
     """Fit a repair at one gap; keep it if the selection text gets likelier."""
     where = {"position": gap.position, "dropped": list(gap.dropped)}
     reason = skipped(pruned, chain.made.kind, gap)
@@ -173,21 +181,43 @@ def _step(chain: Chain, pruned: Checkpoint, gap: Boundary, reference: Walk) -> N
         return
     chain.calibration.advance(gap.position)
     chain.selection.advance(gap.position)
-    found = _statistics(chain, pruned, reference)
-    n_predicted = chain.selection.n_predicted
-    options, best, nats = {}, None, chain.nats
-    for label, map_ in _fit(chain.made)(found):
-        after = chain.selection.nats(map_)
-        options[label] = _finite(perplexity(after / n_predicted))
-        if after < nats:
-            best, nats = map_, after
-    before = perplexity(chain.nats / n_predicted)
+
+    def activate(hidden: Tensor) -> Tensor:
+        return reference.model.mlp_activations(gap.dropped[-1], hidden)
+
+    found = _statistics(chain, original, pruned, gap)
+    for (hidden, mlp), target in zip(chain.calibration.batches(), reference.hidden, strict=True):
+        known = activate(hidden) if chain.made.features == "own" else mlp
+        found.add(hidden, known, target)
+    best, nats, options = _best(chain, found, gap, activate)
+    before = perplexity(chain.nats / chain.selection.n_predicted)
     chain.log.append({**where, "before": before, "options": options, "kept": best is not None})
     if best is not None:
         chain.nats = nats
-        chain.maps.append((gap, best))
         chain.calibration.apply(best)
         chain.selection.apply(best)
+        if isinstance(best, OwnMlp):
+            best = dataclasses.replace(best, activate=None)  # lets the full model go
+        chain.maps.append((gap, best))
+
+
+def _best(
+    chain: Chain, found: Statistics, gap: Boundary, activate: Callable[[Tensor], Tensor]
+) -> tuple[Map | None, float, dict[str, float | None]]:
+    """The map under which the selection text is likeliest, None where it is so without; its summed
+    nats, and the perplexity under each."""
+    options: dict[str, float | None] = {}
+    best, nats = None, chain.nats
+    for label, map_ in _fit(chain.made)(found):
+        if isinstance(map_, OwnMlp):
+            map_ = dataclasses.replace(
+                map_, layer=gap.dropped[-1], activate=activate, constant=found.offset
+            )
+        after = chain.selection.nats(map_)
+        options[label] = _finite(perplexity(after / chain.selection.n_predicted))
+        if after < nats:
+            best, nats = map_, after
+    return best, nats, options
 
 
 def _finite(value: float) -> float | None:
@@ -195,17 +225,21 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _statistics(chain: Chain, pruned: Checkpoint, reference: Walk) -> Statistics:
+def _statistics(
+    chain: Chain, original: Checkpoint, pruned: Checkpoint, gap: Boundary
+) -> Statistics:
     width = pruned.dims["d"]
-    found = Statistics(
+    start, offset = (
+        projection(original, gap.dropped[-1]) if chain.made.kind == "own" else (None,) * 2
+    )
+    return Statistics(
         width,
         features=chain.made.features,
         basis=basis(width) if chain.made.rotated else None,
         epsilon=float(pruned.text.get("rms_norm_eps", 1e-6)),
+        start=start,
+        offset=offset,
     )
-    for (hidden, mlp), target in zip(chain.calibration.batches(), reference.hidden, strict=True):
-        found.add(hidden, mlp, target)
-    return found
 
 
 def _fit(made: Repair) -> Callable[[Statistics], list[tuple[str, Map]]]:
@@ -274,7 +308,7 @@ def _facts(attempt: Attempt, before: float, n_predicted: int) -> dict[str, Any]:
         "before": perplexity(before / n_predicted),
         "after": perplexity(attempt.nats / n_predicted),
         "kept": False,
-        "slot_layers": sum(isinstance(map_, Slot) for _, map_ in attempt.maps),
+        "slot_layers": sum(isinstance(map_, (Slot, OwnMlp)) for _, map_ in attempt.maps),
         "gaps": list(attempt.log),
     }
 

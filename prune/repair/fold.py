@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.families import both_spellings
@@ -18,7 +20,7 @@ from shortstack.progress import OnProgress, silent
 from shortstack.prune.apply import prepare
 from shortstack.prune.plan import PrunePlan
 from shortstack.prune.repair.boundaries import Boundary
-from shortstack.prune.repair.maps import Map, MapOutput, Scale, Shift, Slot
+from shortstack.prune.repair.maps import Map, MapOutput, OwnMlp, Scale, Shift, Slot
 from shortstack.prune.repair.support import residual_multiplier
 from shortstack.prune.rewrite import rewrite
 from shortstack.shards import ShardReader
@@ -67,7 +69,7 @@ def write_repaired(
     A slot takes the number of the last layer dropped at its gap: the returned plan, which plan.json
     in `out` has yet to say, is that this layer is kept and lost its attention.
     """
-    slots = {b.dropped[-1]: map_ for b, map_ in maps if isinstance(map_, Slot)}
+    slots = {b.dropped[-1]: map_ for b, map_ in maps if isinstance(map_, (Slot, OwnMlp))}
     with ShardReader(pruned) as reader:
         editor = Editor(pruned, reader)
         for boundary, map_ in maps:
@@ -85,8 +87,11 @@ def write_repaired(
         bare = dataclasses.replace(made, merge={}, replace={})  # the files may be gone
         config = both_spellings(prepare(original, bare).config)
     for layer, map_ in slots.items():
-        changed |= slot_tensors(pruned, numbers[layer], map_)
-    if slots or any(isinstance(map_, Shift) for _, map_ in maps):
+        if isinstance(map_, Slot):
+            changed |= slot_tensors(pruned, numbers[layer], map_)
+        else:
+            changed |= _own_tensors(original, numbers[layer], map_)
+    if any(isinstance(map_, (Slot, Shift)) for _, map_ in maps):
         config["mlp_bias"] = True
         changed |= _missing_biases(pruned, len(made.keep), {*names, *changed})
     written = rewrite(pruned, changed, out, config=config, names=names, progress=progress)
@@ -155,6 +160,16 @@ def _renumbered(editor: Editor, number: Sequence[int]) -> tuple[dict[str, Array]
     return changed, {renamed(name): name for name in editor.checkpoint.tensors}
 
 
+def projection(checkpoint: Checkpoint, layer: int) -> tuple[Tensor, Tensor | None]:
+    """The weight of a layer's down projection, (MLP width, width), and its bias, in float64."""
+    with ShardReader(checkpoint) as reader:
+        editor = Editor(checkpoint, reader)
+        stem = editor.layer(layer, checkpoint.family.outputs["mlp"])
+        weight, bias = (editor.get(f"{stem}.{kind}") for kind in ("weight", "bias"))
+    assert weight is not None
+    return torch.from_numpy(weight).T, None if bias is None else torch.from_numpy(bias)
+
+
 def slot_tensors(checkpoint: Checkpoint, number: int, slot: Slot) -> dict[str, Array]:
     """The tensors of layer `number` that computes X + RMSNorm(X) W + c exactly.
 
@@ -182,6 +197,23 @@ def slot_tensors(checkpoint: Checkpoint, number: int, slot: Slot) -> dict[str, A
         slot.matrix.double().numpy().T / gate / multiplier
     )
     made[f"{prefix}mlp.down_proj.bias"][:] = slot.constant.double().numpy() / multiplier
+    return made
+
+
+def _own_tensors(original: Checkpoint, number: int, own: OwnMlp) -> dict[str, Array]:
+    """The dropped layer as it was, but with zeros for attention and the other down projection."""
+    family, made = original.family, {}
+    with ShardReader(original) as reader:
+        editor = Editor(original, reader)
+        for rule in family.layer:
+            values = editor.get(family.layer_name(own.layer, rule))
+            if values is None:
+                continue
+            if rule.part == "attention":
+                values = np.zeros_like(values)
+            if rule.hf == f"{family.outputs['mlp']}.weight":
+                values = own.down.double().numpy().T
+            made[family.layer_name(number, rule)] = np.ascontiguousarray(values, np.float32)
     return made
 
 

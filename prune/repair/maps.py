@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -53,4 +54,23 @@ class Slot:
         return hidden + normed(hidden, self.epsilon) @ self.matrix.float() + self.constant.float()
 
 
-Map = Shift | Scale | MapOutput | Slot
+@dataclass(frozen=True)
+class OwnMlp:
+    """X + A D + c, A = silu(G n) * (U n), n = RMSNorm(X): the MLP of the dropped layer `layer`
+    with another down projection, D of shape (MLP width, width), and its own bias c.
+
+    `activate` computes A from X; None once the map has only to be written.
+    """
+
+    layer: int
+    down: Tensor
+    constant: Tensor | None = None
+    activate: Callable[[Tensor], Tensor] | None = None
+
+    def apply(self, hidden: Tensor, mlp: Tensor | None) -> Tensor:
+        assert self.activate is not None
+        made = hidden + self.activate(hidden).float() @ self.down.float()
+        return made if self.constant is None else made + self.constant.float()
+
+
+Map = Shift | Scale | MapOutput | Slot | OwnMlp

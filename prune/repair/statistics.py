@@ -15,13 +15,26 @@ class Statistics:
 
     `basis` (width, width) is orthogonal: absolute values are also summed in it. `epsilon` is that
     of the model's RMSNorm. `features` names the regressors A of the second moments: `mlp` (M),
-    `normed` (RMSNorm(X) and a constant 1), or none.
+    `normed` (RMSNorm(X) and a constant 1), `own` (what a dropped layer's down projection would
+    multiply, had the layer no attention), or none. `start` (features, width) and `offset` (width,)
+    are that projection's weight, transposed, and its bias.
     """
 
     def __init__(
-        self, width: int, *, features: str = "", basis: Tensor | None = None, epsilon: float = 0.0
+        self,
+        width: int,
+        *,
+        features: str = "",
+        basis: Tensor | None = None,
+        epsilon: float = 0.0,
+        start: Tensor | None = None,
+        offset: Tensor | None = None,
     ) -> None:
-        size = {"": 0, "mlp": width, "normed": width + 1}[features]
+        size = {"": 0, "mlp": width, "normed": width + 1}.get(features)
+        if size is None:
+            assert start is not None
+            size = len(start)
+        self.start, self.offset = start, offset
         self.features, self.epsilon = features, epsilon
         self.basis = None if basis is None else basis.double()
         self.n_tokens = 0
@@ -32,12 +45,12 @@ class Statistics:
         self.absolute_x, self.absolute_z = _zeros(width), _zeros(width)
         """Sums of |X H| and |Z H|, each coordinate of the basis H apart."""
         self.gram, self.cross = _zeros(size, size), _zeros(size, width)
-        """Sums of w^2 A^T A and of w^2 A^T (Z - X)."""
+        """Sums of w^2 A^T A and of w^2 A^T (Z - X); there Z - X is less the offset."""
         self.input_cross = _zeros(size if basis is not None else 0, width)
         """Sum of w^2 A^T X."""
 
     def add(self, hidden: Tensor, mlp: Tensor | None, target: Tensor) -> None:
-        """Add tokens: X, M and Z of shape (..., width)."""
+        """Add tokens: X, M and Z of shape (..., width); for `own` A in place of M."""
         x, z = (part.flatten(0, -2).double() for part in (hidden, target))
         step, norms = z - x, z.norm(dim=-1)
         weights = norms.clamp_min(1e-12).reciprocal()[:, None]
@@ -53,7 +66,8 @@ class Statistics:
         if self.features:
             rows = weights * self._regressors(x, mlp)
             self.gram += rows.T @ rows
-            self.cross += rows.T @ (weights * step)
+            left = step if self.offset is None else step - self.offset
+            self.cross += rows.T @ (weights * left)
             if self.basis is not None:
                 self.input_cross += rows.T @ (weights * x)
 

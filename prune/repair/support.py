@@ -9,6 +9,10 @@ BIASED = {"shift": ("llama", "granite"), "slot": ("llama",)}
 """Model types whose MLPs have biases if the config's `mlp_bias` is true, and in llama.cpp and
 onnxruntime, too (not SmolLM3). llama.cpp's Granite cannot leave out the attention of a slot."""
 
+ALONE = ("llama", "mistral", "qwen2")
+"""Model types that may have a layer without attention in llama.cpp."""
+
+_ALONE = ", ".join(ALONE)
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier")
 
 
@@ -25,6 +29,8 @@ def refusal(checkpoint: Checkpoint, kind: str) -> str | None:
         return f"{name} normalizes what a sub-block gives, so that no scale passes to the residual"
     if kind == "scale" and any(checkpoint.text.get(m) not in (None, 1.0) for m in MULTIPLIERS):
         return f"{name} multiplies the embedding or what a sub-block gives ({MULTIPLIERS[1]})"
+    if kind == "own" and name not in ALONE:
+        return f"llama.cpp cannot leave out the attention of a layer of {name}, only of {_ALONE}"
     if kind == "slot" and checkpoint.text.get("hidden_act", "silu") not in ("silu", "swish"):
         return f"hidden_act is {checkpoint.text['hidden_act']!r}; a linear MLP is made of silu"
     if kind == "slot" and sizes["ff"] < sizes["d"]:
@@ -39,7 +45,7 @@ def skipped(checkpoint: Checkpoint, kind: str, boundary: Boundary) -> str | None
             return "no layer before it has a down projection"
         if boundary.position - 1 in checkpoint.removed["mlp"]:
             return "the layer before it has no MLP"
-    if kind == "slot":
+    if kind in ("slot", "own"):
         if not boundary.dropped:
             return "no whole layer was dropped here whose place a slot could take"
         if boundary.position == 0:

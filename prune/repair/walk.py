@@ -34,6 +34,10 @@ class Walk:
             self.mlp.append(_mapped(folder / f"mlp-{number}", embedded.shape) if keep_mlp else None)
 
     @property
+    def model(self) -> LayerwiseModel:
+        return self._model
+
+    @property
     def n_predicted(self) -> int:
         """Tokens that `nats` is summed over: all but the first of each window."""
         return sum(tokens[:, 1:].numel() for tokens in self._parts)

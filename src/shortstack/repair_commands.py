@@ -8,6 +8,7 @@ from typing import Any
 from shortstack.checkpoint import Checkpoint
 from shortstack.commands import opened
 from shortstack.errors import ShortstackError, unknown
+from shortstack.families import context_tokens
 from shortstack.intake import model_paths
 from shortstack.manifest import check_apart, check_ours, finished, staged, step_key, write_manifest
 from shortstack.progress import Display
@@ -37,12 +38,13 @@ def repair_model(
         raise unknown("repair", method, CHOICES)
     check_ours(out, "repair")
     check_apart(out, [pruned, *model_paths(of)])
-    cut = Checkpoint.open(pruned)
-    plan = _plan_of(pruned)
-    corpus = open_corpus(text)
+    cut, plan, corpus = Checkpoint.open(pruned), _plan_of(pruned), open_corpus(text)
     encoder = Encoder(cut)
-    calibration = encoder.windows(corpus.calibration, window_tokens, windows)
-    selection = encoder.windows(corpus.selection, window_tokens, max(1, windows // 4))
+    length = min(window_tokens, context_tokens(cut.config, windowed=True) or window_tokens)
+    texts = (
+        encoder.windows(corpus.calibration, length, windows),
+        encoder.windows(corpus.selection, length, max(1, windows // 4)),
+    )
     with opened(of, out, display) as original:
         inputs = {
             "model": original.sha256,
@@ -57,14 +59,7 @@ def repair_model(
         if kept is None:
             with display.step("Repair the cut") as progress, staged(out, "repair") as partial:
                 _, facts = repair(
-                    original,
-                    cut,
-                    plan,
-                    calibration,
-                    selection,
-                    partial,
-                    method=method,
-                    progress=progress,
+                    original, cut, plan, *texts, partial, method=method, progress=progress
                 )
                 kept = write_manifest(partial, "repair", key, {"repair": facts})
     return {"checkpoint": str(out), **_figures(kept["repair"])}
