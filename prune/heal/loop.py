@@ -19,6 +19,7 @@ from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.pretrained import load
 from shortstack.progress import OnProgress
+from shortstack.prune.calibrate import choose_dtype
 from shortstack.prune.heal import state
 from shortstack.prune.heal.cache import TeacherCache
 from shortstack.prune.heal.model import Student, freeze
@@ -50,13 +51,13 @@ class Loop:
         self.selection = _equal(selection_windows, "selection")
         low = self._start()
         torch.manual_seed(settings.seed)
-        model = load(student.path, torch.float32, text_only=bool(student.family.nested))
+        model = load(student.path, torch.float32)
         freeze(model, student, settings)
         judge: Any = None
         self._cache: TeacherCache | None = None
         if teacher is not None and settings.runs_teacher:
             dtype = torch.bfloat16 if low else torch.float32
-            judge = load(teacher.path, dtype, text_only=bool(teacher.family.nested))
+            judge = load(teacher.path, dtype)
             judge.requires_grad_(False).to(self.device)
             if cache is not None:
                 self._cache = self._fill(cache, teacher, judge)
@@ -140,7 +141,9 @@ class Loop:
 
         settings = self.settings
         on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
-        low = settings.dtype == "bfloat16" or (settings.dtype == "auto" and not on_cpu)
+        low = settings.dtype == "bfloat16"
+        if settings.dtype == "auto":  # 1.5 times faster on a CPU that multiplies it in hardware
+            low = not on_cpu or choose_dtype("auto") == torch.bfloat16
         self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if low else "no")
         self.device = self.accelerator.device
         sharded = str(self.accelerator.distributed_type).endswith("FSDP")

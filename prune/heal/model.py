@@ -139,12 +139,25 @@ def freeze(model: nn.Module, checkpoint: Checkpoint, settings: HealSettings) -> 
         return
     layers = trained_layers(checkpoint, settings)
     for name, parameter in model.named_parameters():
-        wanted = layers is None or checkpoint.family.layer_of(name) in layers
-        parameter.requires_grad_(wanted and not is_gone(name, checkpoint))
+        stored = stored_name(name, checkpoint)
+        known = stored in checkpoint.tensors  # a vision tower goes by other names
+        wanted = layers is None or checkpoint.family.layer_of(stored) in layers
+        parameter.requires_grad_(known and wanted and not is_gone(stored, checkpoint))
+
+
+def stored_name(name: str, checkpoint: Checkpoint) -> str:
+    """The name in the files of a tensor in memory; they differ where a decoder is nested."""
+    if not checkpoint.family.nested:
+        return name
+    prefix = checkpoint.family.layer_prefix.partition("model.layers.")[0]
+    inner = name.removeprefix("model.language_model.")
+    if inner != name:
+        return f"{prefix}model.{inner}"
+    return prefix + name if name.startswith("lm_head.") else name
 
 
 def is_gone(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether a tensor is of a sub-block that was removed alone: it is left out of exports, so
+    """Whether a stored tensor is of a sub-block that was removed alone: exports leave it out, so
     that its zeros must stay."""
     layer = checkpoint.family.layer_of(name)
     inner = {"attention": ".self_attn.", "mlp": ".mlp."}

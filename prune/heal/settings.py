@@ -32,7 +32,8 @@ class HealSettings:
     `final_rate` times `learning_rate`. `micro_windows`: windows a process runs at once (None:
     chosen for the device); halved once when memory is out. `eval_steps`: None for a tenth of the
     run; `save_steps`: None for one state every two minutes. `keep_float32` stores what was trained
-    in float32, not in the type it had.
+    in float32, not in the type it had. `dtype` is that of products (weights and their updates are
+    float32): `auto` is bfloat16 on a GPU, and on a CPU that multiplies it in hardware.
     """
 
     tokens: int

@@ -17,6 +17,7 @@ from shortstack.footprint import measured
 from shortstack.manifest import step_key
 from shortstack.progress import OnProgress, silent
 from shortstack.prune.heal.loop import Loop
+from shortstack.prune.heal.model import stored_name
 from shortstack.prune.heal.settings import HealSettings
 from shortstack.prune.heal.sharded import copies
 from shortstack.prune.rewrite import rewrite
@@ -93,6 +94,10 @@ def _result(
         from shortstack.prune.heal.lora import merge_lora
 
         changed = merge_lora(model)
+    changed = {stored_name(name, student): tensor for name, tensor in changed.items()}
+    if _ties(model) and (embedding := changed.get(student.family.outer[0].hf)) is not None:
+        head = student.family.head.hf  # stored though tied: a copy that must not stay behind
+        changed |= {head: embedding} if head in student.tensors else {}
     for name, tensor in changed.items():
         if name not in student.tensors:
             raise ShortstackError(
@@ -102,8 +107,11 @@ def _result(
         stored = STORED["F32" if run.settings.keep_float32 else student.tensors[name].dtype]
         with torch.no_grad():
             tensor.copy_(tensor.to(stored))
-    result = copies(changed)
-    return result, run.perplexity()
+    return copies(changed), run.perplexity()
+
+
+def _ties(model: Any) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def _facts(run: Loop, after: float, peak_bytes: int | None) -> dict[str, Any]:
