@@ -66,7 +66,7 @@ class Loop:
         if not trained:
             raise ShortstackError(f"train {settings.train!r} leaves nothing to train.")
         self._wrapped, self._optimizer = self.accelerator.prepare(
-            Student(model, judge, settings),
+            Student(model, judge, settings, low),
             torch.optim.AdamW(
                 trained, settings.learning_rate, (0.9, 0.95), weight_decay=settings.weight_decay
             ),
@@ -93,7 +93,7 @@ class Loop:
         # Parameters may lie in shards: every process has to run the model equally often.
         idle = math.ceil(share / self._micro) - len(parts)
         self.module.eval()
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad():
             for tokens in parts:
                 total += self.module(tokens.to(self.device), targets_only=True).double()
             for _ in range(idle):
@@ -144,7 +144,7 @@ class Loop:
         low = settings.dtype == "bfloat16"
         if settings.dtype == "auto":  # 1.5 times faster on a CPU that multiplies it in hardware
             low = not on_cpu or choose_dtype("auto") == torch.bfloat16
-        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if low else "no")
+        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
         self.device = self.accelerator.device
         sharded = str(self.accelerator.distributed_type).endswith("FSDP")
         if sharded and not getattr(self.accelerator, "is_fsdp2", False):
@@ -165,7 +165,7 @@ class Loop:
     def _fill(self, folder: Path, teacher: Checkpoint, judge: Any) -> TeacherCache:
         made = TeacherCache(folder, teacher.sha256, self.windows, self.settings)
         turn = (self.accelerator.process_index, self.accelerator.num_processes)
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad():
             made.fill(judge, self._micro, turn)
         self.accelerator.wait_for_everyone()
         return made

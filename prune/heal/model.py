@@ -41,13 +41,19 @@ def final_hidden(model: Any, tokens: Tensor) -> Tensor:
 
 
 class Student(nn.Module):
-    """Runs the student, and the teacher where the loss wants one; gives the summed loss."""
+    """Runs the student, and the teacher where the loss wants one; gives the summed loss.
 
-    def __init__(self, model: nn.Module, teacher: Any, settings: HealSettings) -> None:
+    `low`: products in bfloat16. Not by Accelerate, which allows one precision in a process's life.
+    """
+
+    def __init__(
+        self, model: nn.Module, teacher: Any, settings: HealSettings, low: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self._teacher = (teacher,)  # in a tuple: the teacher is no part of this module
         self._settings = settings
+        self._low = low
         # read by Accelerate where it wraps layers one by one
         self._no_split_modules = getattr(model, "_no_split_modules", None)
 
@@ -57,14 +63,15 @@ class Student(nn.Module):
         `targets_only`: nats of the next token, whatever the loss is; what perplexity needs. `top`:
         the teacher's likeliest tokens at those predictions, from a cache.
         """
-        if self._settings.loss == "mse" and not targets_only:
-            return self._replaced(tokens)
-        chunk = next_token(tokens[:, 1:].flatten())
-        if not targets_only and self._settings.loss != "ce":
-            kl = self._divergence(tokens, top)
-            alpha = self._settings.alpha
-            chunk = kl if self._settings.loss == "kl" else mixed(kl, chunk, alpha)
-        return summed_loss(final_hidden(self.model, tokens), head_of(self.model), chunk)
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self._low):
+            if self._settings.loss == "mse" and not targets_only:
+                return self._replaced(tokens)
+            chunk = next_token(tokens[:, 1:].flatten())
+            if not targets_only and self._settings.loss != "ce":
+                kl = self._divergence(tokens, top)
+                alpha = self._settings.alpha
+                chunk = kl if self._settings.loss == "kl" else mixed(kl, chunk, alpha)
+            return summed_loss(final_hidden(self.model, tokens), head_of(self.model), chunk)
 
     def _divergence(self, tokens: Tensor, top: Top | None) -> Chunk:
         temperature, k = self._settings.temperature, self._settings.top_k
