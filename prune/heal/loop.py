@@ -172,7 +172,9 @@ class Loop:
 
     def _evaluate_if_due(self) -> None:
         at, settings = self.position, self.settings
-        if at.step % settings.steps_between_evaluations and at.step != settings.steps:
+        # as often as ten times a run, but not so often that it takes longer than the training
+        between = max(1, settings.steps // 10, len(self.selection) // settings.batch_windows)
+        if at.step % (settings.eval_steps or between) and at.step != settings.steps:
             return
         now, loss = self.perplexity(), sum(at.recent) / len(at.recent)
         at.history.append({"step": at.step, "loss": loss, "perplexity": now})

@@ -63,18 +63,23 @@ def heal(
         run = Loop(student, teacher, train_windows, selection_windows, settings, note, cache)
         run.train(progress, state, key)
         changed, after = _result(run, student, note)
-    main = run.accelerator.is_main_process
-    if main:
-        dtype = "F32" if settings.keep_float32 else None
-        config = _float32(student.config) if settings.keep_float32 else None
+    written = _write(run, student, changed, out)
+    if state is not None and run.accelerator.is_main_process:
+        shutil.rmtree(state, ignore_errors=True)
+    return written, _facts(run, after, meter.footprint.peak_anon_bytes)
+
+
+def _write(run: Loop, student: Checkpoint, changed: dict[str, Tensor], out: Path) -> Checkpoint:
+    """The first process writes, all open what it wrote."""
+    if run.accelerator.is_main_process:
+        wide = run.settings.keep_float32
         arrays = {name: tensor.numpy() for name, tensor in changed.items()}
-        rewrite(student, arrays, out, dtype=dtype, config=config)
+        config = _float32(student.config) if wide else None
+        rewrite(student, arrays, out, dtype="F32" if wide else None, config=config)
     run.accelerator.wait_for_everyone()
     written = Checkpoint.open(out)
     run.accelerator.wait_for_everyone()  # the caller moves the folder, in the first process
-    if main and state is not None:
-        shutil.rmtree(state, ignore_errors=True)
-    return written, _facts(run, after, meter.footprint.peak_anon_bytes)
+    return written
 
 
 def _result(
