@@ -87,9 +87,11 @@ class Student(nn.Module):
         )
 
     def _replaced(self, tokens: Tensor) -> Tensor:
-        """Squared distance of hidden states, the mean over width, summed over as many positions as
-        other losses have (LLM-Streamline, arXiv:2403.19135, section 3.2: ||g(h_l) - h_(l+n)||^2).
+        """Squared distance of hidden states, the mean over width, summed over positions
+        (LLM-Streamline, arXiv:2403.19135, section 3.2: ||g(h_l) - h_(l+n)||^2).
 
+        All but the first position: its state is a sink for attention, in SmolLM2 of squares some
+        hundred times all others' together, and what the layer learns else is that one vector.
         Below the run both models are one: the teacher's states feed the student's layer.
         """
         assert self._settings.replaces is not None
@@ -100,7 +102,7 @@ class Student(nn.Module):
         output = layers[first](inputs, **named)
         made = output[0] if isinstance(output, tuple) else output
         squares = (made.float() - wanted.float()).square().mean(-1)
-        total: Tensor = squares.mean(-1).sum() * (tokens.shape[1] - 1)
+        total: Tensor = squares[:, 1:].sum()
         return total
 
 
