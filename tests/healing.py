@@ -15,7 +15,7 @@ Windows = tuple[list[list[int]], list[list[int]]]
 def settings(**changed: Any) -> HealSettings:
     """Ten steps of eight windows on the CPU."""
     usual: dict[str, Any] = {"tokens": 10 * 8 * LENGTH, "window_tokens": LENGTH}
-    usual |= {"batch_windows": 8, "device": "cpu", "learning_rate": 1e-3}
+    usual |= {"batch_windows": 8, "device": "cpu", "dtype": "float32", "learning_rate": 1e-3}
     return HealSettings(**usual | changed)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import MissingExtraError
-from shortstack.prune.heal.model import is_gone
+from shortstack.prune.heal.model import is_gone, stored_name
 
 ALPHA_PER_RANK = 2.0
 
@@ -23,8 +23,9 @@ def add_lora(model: nn.Module, checkpoint: Checkpoint, rank: int) -> None:
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
-        and checkpoint.family.layer_of(f"{name}.weight") is not None
-        and not is_gone(f"{name}.weight", checkpoint)
+        and checkpoint.family.layer_of(stored := stored_name(f"{name}.weight", checkpoint))
+        is not None
+        and not is_gone(stored, checkpoint)
     ]
     model.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=round(ALPHA_PER_RANK * rank), target_modules=targets)

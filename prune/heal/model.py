@@ -41,13 +41,19 @@ def final_hidden(model: Any, tokens: Tensor) -> Tensor:
 
 
 class Student(nn.Module):
-    """Runs the student, and the teacher where the loss wants one; gives the summed loss."""
+    """Runs the student, and the teacher where the loss wants one; gives the summed loss.
 
-    def __init__(self, model: nn.Module, teacher: Any, settings: HealSettings) -> None:
+    `low`: products in bfloat16. Not by Accelerate, which allows one precision in a process's life.
+    """
+
+    def __init__(
+        self, model: nn.Module, teacher: Any, settings: HealSettings, low: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self._teacher = (teacher,)  # in a tuple: the teacher is no part of this module
         self._settings = settings
+        self._low = low
         # read by Accelerate where it wraps layers one by one
         self._no_split_modules = getattr(model, "_no_split_modules", None)
 
@@ -57,14 +63,15 @@ class Student(nn.Module):
         `targets_only`: nats of the next token, whatever the loss is; what perplexity needs. `top`:
         the teacher's likeliest tokens at those predictions, from a cache.
         """
-        if self._settings.loss == "mse" and not targets_only:
-            return self._replaced(tokens)
-        chunk = next_token(tokens[:, 1:].flatten())
-        if not targets_only and self._settings.loss != "ce":
-            kl = self._divergence(tokens, top)
-            alpha = self._settings.alpha
-            chunk = kl if self._settings.loss == "kl" else mixed(kl, chunk, alpha)
-        return summed_loss(final_hidden(self.model, tokens), head_of(self.model), chunk)
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self._low):
+            if self._settings.loss == "mse" and not targets_only:
+                return self._replaced(tokens)
+            chunk = next_token(tokens[:, 1:].flatten())
+            if not targets_only and self._settings.loss != "ce":
+                kl = self._divergence(tokens, top)
+                alpha = self._settings.alpha
+                chunk = kl if self._settings.loss == "kl" else mixed(kl, chunk, alpha)
+            return summed_loss(final_hidden(self.model, tokens), head_of(self.model), chunk)
 
     def _divergence(self, tokens: Tensor, top: Top | None) -> Chunk:
         temperature, k = self._settings.temperature, self._settings.top_k
@@ -80,9 +87,11 @@ class Student(nn.Module):
         )
 
     def _replaced(self, tokens: Tensor) -> Tensor:
-        """Squared distance of hidden states, the mean over width, summed over as many positions as
-        other losses have (LLM-Streamline, arXiv:2403.19135, section 3.2: ||g(h_l) - h_(l+n)||^2).
+        """Squared distance of hidden states, the mean over width, summed over positions
+        (LLM-Streamline, arXiv:2403.19135, section 3.2: ||g(h_l) - h_(l+n)||^2).
 
+        All but the first position: its state is a sink for attention, in SmolLM2 of squares some
+        hundred times all others' together, and what the layer learns else is that one vector.
         Below the run both models are one: the teacher's states feed the student's layer.
         """
         assert self._settings.replaces is not None
@@ -93,7 +102,7 @@ class Student(nn.Module):
         output = layers[first](inputs, **named)
         made = output[0] if isinstance(output, tuple) else output
         squares = (made.float() - wanted.float()).square().mean(-1)
-        total: Tensor = squares.mean(-1).sum() * (tokens.shape[1] - 1)
+        total: Tensor = squares[:, 1:].sum()
         return total
 
 
@@ -139,12 +148,25 @@ def freeze(model: nn.Module, checkpoint: Checkpoint, settings: HealSettings) -> 
         return
     layers = trained_layers(checkpoint, settings)
     for name, parameter in model.named_parameters():
-        wanted = layers is None or checkpoint.family.layer_of(name) in layers
-        parameter.requires_grad_(wanted and not is_gone(name, checkpoint))
+        stored = stored_name(name, checkpoint)
+        known = stored in checkpoint.tensors  # a vision tower goes by other names
+        wanted = layers is None or checkpoint.family.layer_of(stored) in layers
+        parameter.requires_grad_(known and wanted and not is_gone(stored, checkpoint))
+
+
+def stored_name(name: str, checkpoint: Checkpoint) -> str:
+    """The name in the files of a tensor in memory; they differ where a decoder is nested."""
+    if not checkpoint.family.nested:
+        return name
+    prefix = checkpoint.family.layer_prefix.partition("model.layers.")[0]
+    inner = name.removeprefix("model.language_model.")
+    if inner != name:
+        return f"{prefix}model.{inner}"
+    return prefix + name if name.startswith("lm_head.") else name
 
 
 def is_gone(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether a tensor is of a sub-block that was removed alone: it is left out of exports, so
+    """Whether a stored tensor is of a sub-block that was removed alone: exports leave it out, so
     that its zeros must stay."""
     layer = checkpoint.family.layer_of(name)
     inner = {"attention": ".self_attn.", "mlp": ".mlp."}

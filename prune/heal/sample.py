@@ -39,7 +39,7 @@ def sampled_windows(
     """
     chosen = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
-    model = load(teacher.path, dtype, text_only=bool(teacher.family.nested)).to(chosen)
+    model = load(teacher.path, dtype).to(chosen)
     starts = torch.tensor([list(tokens) for tokens in beginnings])
     made: list[list[int]] = []
     size = batch or BATCH[chosen.type]

@@ -30,9 +30,12 @@ class HealSettings:
     `train`: `all`, `lora:RANK`, `layers:3,4` (numbers in the student) or `neighbours` (the layers
     on either side of a cut). `warmup` is a share of the steps; then the rate falls as a cosine to
     `final_rate` times `learning_rate`. `micro_windows`: windows a process runs at once (None:
-    chosen for the device); halved once when memory is out. `eval_steps`: None for a tenth of the
-    run; `save_steps`: None for one state every two minutes. `keep_float32` stores what was trained
-    in float32, not in the type it had.
+    chosen for the device); halved once when memory is out. `eval_steps`: None for about a tenth of
+    the run; `save_steps`: None for one state every two minutes.
+
+    `keep_float32` stores what was trained in float32, not in the type it had. `dtype` is that of
+    products (weights and their updates are float32): `auto` is bfloat16 on a GPU, and on a CPU
+    that multiplies it in hardware.
     """
 
     tokens: int
@@ -92,10 +95,6 @@ class HealSettings:
         at = (step - warm) / max(1, self.steps - warm)
         share = self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * at))
         return self.learning_rate * share
-
-    @property
-    def steps_between_evaluations(self) -> int:
-        return self.eval_steps or max(1, self.steps // 10)
 
     def _check_numbers(self) -> None:
         least = {

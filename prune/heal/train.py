@@ -17,6 +17,7 @@ from shortstack.footprint import measured
 from shortstack.manifest import step_key
 from shortstack.progress import OnProgress, silent
 from shortstack.prune.heal.loop import Loop
+from shortstack.prune.heal.model import stored_name
 from shortstack.prune.heal.settings import HealSettings
 from shortstack.prune.heal.sharded import copies
 from shortstack.prune.rewrite import rewrite
@@ -62,18 +63,23 @@ def heal(
         run = Loop(student, teacher, train_windows, selection_windows, settings, note, cache)
         run.train(progress, state, key)
         changed, after = _result(run, student, note)
-    main = run.accelerator.is_main_process
-    if main:
-        dtype = "F32" if settings.keep_float32 else None
-        config = _float32(student.config) if settings.keep_float32 else None
+    written = _write(run, student, changed, out)
+    if state is not None and run.accelerator.is_main_process:
+        shutil.rmtree(state, ignore_errors=True)
+    return written, _facts(run, after, meter.footprint.peak_anon_bytes)
+
+
+def _write(run: Loop, student: Checkpoint, changed: dict[str, Tensor], out: Path) -> Checkpoint:
+    """The first process writes, all open what it wrote."""
+    if run.accelerator.is_main_process:
+        wide = run.settings.keep_float32
         arrays = {name: tensor.numpy() for name, tensor in changed.items()}
-        rewrite(student, arrays, out, dtype=dtype, config=config)
+        config = _float32(student.config) if wide else None
+        rewrite(student, arrays, out, dtype="F32" if wide else None, config=config)
     run.accelerator.wait_for_everyone()
     written = Checkpoint.open(out)
     run.accelerator.wait_for_everyone()  # the caller moves the folder, in the first process
-    if main and state is not None:
-        shutil.rmtree(state, ignore_errors=True)
-    return written, _facts(run, after, meter.footprint.peak_anon_bytes)
+    return written
 
 
 def _result(
@@ -93,6 +99,10 @@ def _result(
         from shortstack.prune.heal.lora import merge_lora
 
         changed = merge_lora(model)
+    changed = {stored_name(name, student): tensor for name, tensor in changed.items()}
+    if _ties(model) and (embedding := changed.get(student.family.outer[0].hf)) is not None:
+        head = student.family.head.hf  # stored though tied: a copy that must not stay behind
+        changed |= {head: embedding} if head in student.tensors else {}
     for name, tensor in changed.items():
         if name not in student.tensors:
             raise ShortstackError(
@@ -102,8 +112,11 @@ def _result(
         stored = STORED["F32" if run.settings.keep_float32 else student.tensors[name].dtype]
         with torch.no_grad():
             tensor.copy_(tensor.to(stored))
-    result = copies(changed)
-    return result, run.perplexity()
+    return copies(changed), run.perplexity()
+
+
+def _ties(model: Any) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def _facts(run: Loop, after: float, peak_bytes: int | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError, require
+from shortstack.intake import resolve
 from shortstack.manifest import check_apart, check_ours, finished, staged, step_key, write_manifest
 from shortstack.progress import Display
 from shortstack.prune.heal.data import Documents, mix, packed_windows, read_documents
@@ -62,10 +63,7 @@ def heal_model(
     Under `accelerate launch` every process comes here; the first one writes and speaks.
     """
     require(("torch", "transformers", "accelerate"), "heal", "healing")
-    from shortstack.prune.heal.train import heal
-
     check_ours(out, "heal")
-    first = is_first()
     cut = _folder(student)
     original = None if teacher is None else _folder(teacher)
     check_apart(out, [cut.path, *([original.path] if original else [])])
@@ -81,20 +79,39 @@ def heal_model(
     kept = finished(out, key)
     if kept is None:
         train = [*train, *_self_generated(original, train, text, out, settings, key, display)]
-        with display.step("Heal") as progress:
-            run = functools.partial(heal, cut, original, train, selection)
-            target = out.resolve()
-            state = target.with_name(f".{target.name}.healing")
-            run = functools.partial(run, state=state, cache=cache)
-            partial = target.with_name(f".{target.name}.partial")  # of the first process
-            if not first:
-                return run(partial, settings)[1]
-            with staged(out, "heal") as partial:
-                healed, facts = run(partial, settings, progress=progress, note=display.note)
-                facts = {**facts, "source_sha256": cut.sha256, "sha256": healed.sha256}
-                kept = write_manifest(partial, "heal", key, {"heal": facts})
-        _samples_file(out).unlink(missing_ok=True)
+        windows = (train, selection)
+        kept = _healed(cut, original, windows, out, settings, cache, key, display)
+        _beside(out, "samples").unlink(missing_ok=True)
     return {"checkpoint": str(out), **kept["heal"]}
+
+
+def _healed(
+    cut: Checkpoint,
+    original: Checkpoint | None,
+    windows: tuple[list[list[int]], list[list[int]]],
+    out: Path,
+    settings: HealSettings,
+    cache: Path | None,
+    key: str,
+    display: Display,
+) -> dict[str, Any]:
+    """The manifest of the healed folder, or, in a process that does not write, its part of it."""
+    from shortstack.prune.heal.train import heal
+
+    run = functools.partial(
+        heal, cut, original, *windows, settings=settings, state=_beside(out, "healing"), cache=cache
+    )
+    if not is_first():
+        return {"heal": run(out=_beside(out, "partial"))[1]}  # where the first process writes
+    with display.step("Heal") as progress, staged(out, "heal") as partial:
+        healed, facts = run(out=partial, progress=progress, note=display.note)
+        facts = {**facts, "source_sha256": cut.sha256, "sha256": healed.sha256}
+        return write_manifest(partial, "heal", key, {"heal": facts})
+
+
+def _beside(out: Path, what: str) -> Path:
+    target = out.resolve()
+    return target.with_name(f".{target.name}.{what}")
 
 
 def streamline_model(
@@ -125,23 +142,16 @@ def streamline_model(
     key = step_key("streamline", inputs)
     kept = finished(out, key)
     if kept is None:
-        state = out.resolve().with_name(f".{out.name}.healing")
         with staged(out, "streamline") as partial, _work(out) as work:
             with display.step("Choose the run"):
                 plan = plan_run(original, train[:CHOICE_WINDOWS], drop, replacement)
             with display.step("Train the replacement") as progress:
                 made, facts = streamline(
-                    original,
-                    plan,
-                    train,
-                    selection,
-                    work,
-                    partial,
-                    settings,
+                    *(original, plan, train, selection, work, partial, settings),
                     objective=objective,
                     progress=progress,
                     note=display.note,
-                    state=state,
+                    state=_beside(out, "healing"),
                 )
             facts = {
                 **{"run": plan.facts["run"], "drop": list(plan.drop)},
@@ -154,7 +164,7 @@ def streamline_model(
 
 @contextlib.contextmanager
 def _work(out: Path) -> Iterator[Path]:
-    folder = out.resolve().with_name(f".{out.name}.work.partial")
+    folder = _beside(out, "work.partial")
     shutil.rmtree(folder, ignore_errors=True)  # what a hard kill left
     folder.mkdir()
     try:
@@ -189,12 +199,7 @@ def _self_generated(
             device=settings.device,
             progress=progress,
         )
-        return kept_windows(_samples_file(out), key, make, first=is_first())
-
-
-def _samples_file(out: Path) -> Path:
-    target = out.resolve()
-    return target.with_name(f".{target.name}.samples")
+        return kept_windows(_beside(out, "samples"), key, make, first=is_first())
 
 
 def windows_for(
@@ -237,4 +242,9 @@ def _check_disjoint(own: Documents, general: Documents) -> None:
 
 
 def _folder(model: str) -> Checkpoint:
-    return Checkpoint.open(Path(model))
+    kind, target = resolve(model)
+    if kind != "folder":
+        raise ShortstackError(
+            f"{model} is no Hugging Face folder: training needs one. Run: shortstack prune"
+        )
+    return Checkpoint.open(Path(target))

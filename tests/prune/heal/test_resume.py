@@ -26,7 +26,7 @@ def arguments(cut: Checkpoint, tiny: Path) -> list[str]:
         *("heal", str(cut.path), "--teacher", str(tiny), "--text", "spdx", "--device", "cpu"),
         *("--tokens", str(STEPS * 8 * LENGTH), "--window-tokens", str(LENGTH)),
         *("--batch-windows", "8", "--selection-windows", "8", "--eval-steps", "3", "--json"),
-        *("--save-steps", "1", "--keep-float32", "--rate", "1e-3"),
+        *("--save-steps", "1", "--keep-float32", "--dtype", "float32", "--rate", "1e-3"),
     ]
 
 

@@ -130,6 +130,9 @@ def test_the_command_lets_the_teacher_write(
     facts = json.loads(capsys.readouterr().out)
     assert facts["perplexity_after"] < facts["perplexity_before"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "healed"]
+    missing = [*command[:-1], "--teacher", str(tmp_path / "nowhere")]
+    assert cli.main(missing) == 2
+    assert "no file or folder" in capsys.readouterr().err
     assert cli.main(command) == 0  # done already
     assert json.loads(capsys.readouterr().out) == facts
 
