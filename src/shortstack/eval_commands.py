@@ -43,7 +43,8 @@ def evaluate(
         spec.module.check(spec.path)
     check_threads(loading.threads)
     _check_out(out)
-    check_apart(out, [Path(name) for name in models if Path(name).exists()])
+    named = [Path(name) for name in (*models, against) if name is not None]
+    check_apart(out, [path for path in named if path.exists()])
     facts = {"command": "eval", "models": list(models), "against": against, "seed": seed}
     with contextlib.ExitStack() as stack:
         found = [_Wanted(name, runtime, tokenizer) for name in models]

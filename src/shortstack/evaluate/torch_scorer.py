@@ -108,7 +108,7 @@ class TorchScorer:
     def log_probs(self, window: list[int]) -> NDArray[np.float32]:
         import torch
 
-        with torch.inference_mode():
+        with torch.no_grad():
             hidden = self._hidden(torch.tensor([window], device=self._device), None)[0]
             parts = [self._logits(part).log_softmax(-1).cpu() for part in hidden.split(HEAD_ROWS)]
         found: NDArray[np.float32] = torch.cat(parts).numpy()
@@ -152,7 +152,7 @@ class TorchScorer:
         cache = DynamicCache()
         found: list[list[int]] = [[] for _ in batch]
         ended = [False] * len(batch)
-        with torch.inference_mode():
+        with torch.no_grad():
             for _ in range(max_tokens):
                 last = self._hidden(tokens, cache)[:, -1]
                 tokens = self._logits(last).argmax(-1, keepdim=True)
@@ -201,7 +201,7 @@ class TorchScorer:
 
         shared = min(group.shared for group in groups)
         rows = [row for group in groups for row in group.rows]
-        with torch.inference_mode():
+        with torch.no_grad():
             cache = self._beginnings(groups, shared)
             tails = [row.tokens[shared:] for row in rows]
             longest = max(map(len, tails))
