@@ -43,7 +43,8 @@ def evaluate(
         spec.module.check(spec.path)
     check_threads(loading.threads)
     _check_out(out)
-    check_apart(out, [Path(name) for name in models if Path(name).exists()])
+    named = [Path(name) for name in (*models, against) if name is not None]
+    check_apart(out, [path for path in named if path.exists()])
     facts = {"command": "eval", "models": list(models), "against": against, "seed": seed}
     with contextlib.ExitStack() as stack:
         found = [_Wanted(name, runtime, tokenizer) for name in models]
@@ -51,15 +52,26 @@ def evaluate(
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         targets = _targets(stack, found, first, out, display)
         folder = stack.enter_context(RunFolder.claim(out, facts, display))
-        original = targets[0] if against is not None else None
-        results = _score_all(folder, targets, sets, loading, seed)
-        agreed = {}
-        if original is not None:
-            agreed = _agree_all(folder, original, targets[1:], sets, loading, seed)
-        data = _gathered(targets, original, sets, loading, seed, results, agreed)
+        data = _evaluated(folder, targets, against is not None, sets, loading, seed)
         write_text(out / "eval.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
         write_text(out / "eval.md", eval_report.markdown(data))
     return {**data, "folder": str(out)}
+
+
+def _evaluated(
+    folder: RunFolder,
+    targets: Sequence[Target],
+    compared: bool,
+    sets: Sequence[SetSpec],
+    loading: Loading,
+    seed: int,
+) -> dict[str, Any]:
+    """`compared`: the first of the targets is the original."""
+    results = _score_all(folder, targets, sets, loading, seed)
+    if not compared:
+        return _gathered(targets, None, sets, loading, seed, results, {})
+    agreed = _agree_all(folder, targets[0], targets[1:], sets, loading, seed)
+    return _gathered(targets, targets[0], sets, loading, seed, results, agreed)
 
 
 @dataclasses.dataclass(frozen=True)

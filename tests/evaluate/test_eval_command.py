@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from shortstack.manifest import MANIFEST
 
 def evaluated(out: Path, *words: object) -> dict[str, Any]:
     """Run the command; what eval.json then holds."""
-    assert main(["eval", *map(str, words), "-o", str(out), "--quiet", "--threads", "1"]) == 0
+    assert main(["eval", "--threads", "1", *map(str, words), "-o", str(out), "--quiet"]) == 0
     data: dict[str, Any] = json.loads((out / "eval.json").read_text(encoding="utf-8"))
     return data
 
@@ -106,6 +109,27 @@ def test_a_run_that_lost_a_set_goes_on_with_that_set(
     for one, other in zip(whole["results"], again["results"], strict=True):
         assert one["rows"] == other["rows"]
         assert one["summary"] == other["summary"]
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_result(
+    tiny: Path, rows: dict[str, Path], tmp_path: Path
+) -> None:
+    words = [str(tiny), "--choice", str(rows["choice"]), "--text", str(rows["text"])]
+    words += ["--window-tokens", "16", "--limit", "400", "--threads", "1"]
+    command = [sys.executable, "-m", "shortstack", "eval", *words, "-o", str(tmp_path / "killed")]
+    first = tmp_path / "killed" / "scores" / "tiny" / "licence-choice" / MANIFEST
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not first.is_file():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.02)
+        process.kill()
+    assert first.is_file()
+    stamp = first.stat().st_mtime_ns
+    again = evaluated(tmp_path / "killed", *words)
+    whole = evaluated(tmp_path / "whole", *words)
+    assert first.stat().st_mtime_ns == stamp
+    for one, other in zip(again["results"], whole["results"], strict=True):
+        assert one["rows"] == other["rows"]
 
 
 def test_a_set_file_names_sets_beside_it(tiny: Path, rows: dict[str, Path], tmp_path: Path) -> None:

@@ -118,21 +118,20 @@ class ShortstackLM(TemplateLM):  # type: ignore[misc]  # lm_eval ships no types
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        answers = []
-        with display(disable_tqdm).step("Generate answers") as progress:
-            for done, request in enumerate(requests, 1):
-                context, given = request.args
-                ends, limit = _wanted(given)
-                answers.append(self._answer(context, ends, limit))
-                self.cache_hook.add_partial("generate_until", request.args, answers[-1])
-                progress(done, len(requests))
+        # requests of one task want the same: they are run together
+        alike: dict[tuple[tuple[str, ...], int], list[int]] = {}
+        for index, request in enumerate(requests):
+            alike.setdefault(_wanted(request.args[1]), []).append(index)
+        answers = [""] * len(requests)
+        for (ends, limit), indices in alike.items():
+            prompts = [with_prefix(self._codec, requests[index].args[0]) for index in indices]
+            with display(disable_tqdm).step("Generate answers") as progress:
+                found = self._scorer.generate(prompts, limit, self._stop(ends), progress)
+            for index, ids in zip(indices, found, strict=True):
+                said = self._codec.decode([token for token in ids if token != self._codec.end])
+                answers[index] = _before(said, ends)
+                self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])
         return answers
-
-    def _answer(self, context: str, ends: Sequence[str], limit: int) -> str:
-        ids = with_prefix(self._codec, context)
-        found = self._scorer.generate([ids], limit, self._stop(ends))[0]
-        said = self._codec.decode([token for token in found if token != self._codec.end])
-        return _before(said, ends)
 
     def _stop(self, ends: Sequence[str]) -> Stop:
         def stop(ids: list[int]) -> bool:
@@ -144,7 +143,7 @@ class ShortstackLM(TemplateLM):  # type: ignore[misc]  # lm_eval ships no types
         return stop
 
 
-def _wanted(given: dict[str, Any]) -> tuple[list[str], int]:
+def _wanted(given: dict[str, Any]) -> tuple[tuple[str, ...], int]:
     """(stop texts, most tokens) of a request. Raises ShortstackError for sampling."""
     if given.get("do_sample") and float(given.get("temperature", 1.0)) > 0:
         raise ShortstackError(
@@ -155,7 +154,7 @@ def _wanted(given: dict[str, Any]) -> tuple[list[str], int]:
     ends = [until] if isinstance(until, str) else list(until)
     names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
     limits = [int(given[name]) for name in names if given.get(name) is not None]
-    return [end for end in ends if end], (limits or [MAX_ANSWER_TOKENS])[0]
+    return tuple(end for end in ends if end), (limits or [MAX_ANSWER_TOKENS])[0]
 
 
 def _before(said: str, ends: Iterable[str]) -> str:

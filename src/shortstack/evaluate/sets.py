@@ -110,6 +110,21 @@ def set_of(kind: str, path: Path, **fields: Any) -> SetSpec:
     return SetSpec(f"{parent}-{stem}" if parent else stem, kind, path, **fields)
 
 
+def listed(
+    files: Mapping[str, Sequence[Path] | None],
+    sets: Path | None,
+    limit: int | None,
+    window_tokens: int,
+) -> tuple[SetSpec, ...]:
+    """The sets of a command line: files by kind, and those of a task set file."""
+    named = (
+        set_of(kind, path, limit=limit, window_tokens=window_tokens)
+        for kind, paths in files.items()
+        for path in paths or ()
+    )
+    return (*named, *(open_sets(sets, limit) if sets else ()))
+
+
 def open_sets(file: Path, limit: int | None = None) -> tuple[SetSpec, ...]:
     """Read a task set file: YAML, `sets:` a list of `{name, kind, path, limit, metric, …}`.
 
@@ -124,10 +139,10 @@ def open_sets(file: Path, limit: int | None = None) -> tuple[SetSpec, ...]:
         raise ShortstackError(f"cannot read {file}: {error.strerror}. Name a YAML file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ShortstackError(f"{file} is not YAML: {one_line(str(error), 200)}") from None
-    listed = data.get("sets") if isinstance(data, dict) else None
-    if not isinstance(listed, list) or not listed or not all(isinstance(s, dict) for s in listed):
+    found = data.get("sets") if isinstance(data, dict) else None
+    if not isinstance(found, list) or not found or not all(isinstance(s, dict) for s in found):
         raise ShortstackError(f"{file}: give `sets:`, a list of mappings with name, kind and path.")
-    return tuple(_parsed(file, {"limit": limit, **entry}) for entry in listed)
+    return tuple(_parsed(file, {"limit": limit, **entry}) for entry in found)
 
 
 def _parsed(file: Path, entry: Mapping[str, Any]) -> SetSpec:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -108,7 +107,7 @@ class TorchScorer:
     def log_probs(self, window: list[int]) -> NDArray[np.float32]:
         import torch
 
-        with torch.inference_mode():
+        with torch.no_grad():
             hidden = self._hidden(torch.tensor([window], device=self._device), None)[0]
             parts = [self._logits(part).log_softmax(-1).cpu() for part in hidden.split(HEAD_ROWS)]
         found: NDArray[np.float32] = torch.cat(parts).numpy()
@@ -123,45 +122,60 @@ class TorchScorer:
     ) -> list[list[int]]:
         found: list[list[int]] = [[] for _ in prompts]
         done = 0
-        for batch in self._of_equal_length(prompts, max_tokens):
-            for index, ids in zip(
-                batch, self._continued(batch, prompts, max_tokens, stop), strict=True
-            ):
+        for batch in self._of_about_one_length(prompts, max_tokens):
+            answers = self._continued([prompts[index] for index in batch], max_tokens, stop)
+            for index, ids in zip(batch, answers, strict=True):
                 found[index] = ids
             done += len(batch)
             progress(done, len(prompts))
         return found
 
-    def _of_equal_length(
+    def _of_about_one_length(
         self, prompts: Sequence[list[int]], max_tokens: int
     ) -> Iterator[list[int]]:
-        """Indices of prompts of one length, so that nothing has to be filled in front."""
+        """Indices of prompts to run together: no longer than the shortest and an answer."""
         order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
-        for length, same in itertools.groupby(order, key=lambda index: len(prompts[index])):
-            size = max(1, self._batch_tokens // (length + max_tokens))
-            yield from map(list, _chunks(list(same), size))
+        batch: list[int] = []
+        for index in order:
+            length = len(prompts[index]) + max_tokens
+            shortest = len(prompts[batch[0]]) if batch else length
+            full = (len(batch) + 1) * length > self._batch_tokens
+            if batch and (full or length > shortest + 2 * max_tokens):
+                yield batch
+                batch = []
+            batch.append(index)
+        if batch:
+            yield batch
 
     def _continued(
-        self, batch: list[int], prompts: Sequence[list[int]], max_tokens: int, stop: Stop
+        self, prompts: Sequence[list[int]], max_tokens: int, stop: Stop
     ) -> list[list[int]]:
+        """Answers to prompts of different lengths, nothing filled in.
+
+        All begin with as many tokens as the shortest has; a longer one then takes its own tokens
+        where a shorter one already takes what the model says.
+        """
         import torch
         from transformers import DynamicCache
 
         room = max(1, self.max_tokens - max_tokens)
-        tokens = torch.tensor([prompts[index][-room:] for index in batch], device=self._device)
-        cache = DynamicCache()
-        found: list[list[int]] = [[] for _ in batch]
-        ended = [False] * len(batch)
-        with torch.inference_mode():
-            for _ in range(max_tokens):
-                last = self._hidden(tokens, cache)[:, -1]
-                tokens = self._logits(last).argmax(-1, keepdim=True)
-                for row, token in enumerate(tokens[:, 0].tolist()):
-                    if not ended[row]:
-                        found[row].append(token)
-                        ended[row] = stop(found[row])
-                if all(ended):
-                    break
+        prompts = [prompt[-room:] for prompt in prompts]
+        shortest = min(map(len, prompts))
+        found: list[list[int]] = [[] for _ in prompts]
+        ended = [False] * len(prompts)
+        following = [prompt[:shortest] for prompt in prompts]
+        cache, at = DynamicCache(), shortest
+        with torch.no_grad():
+            while not all(ended):
+                tokens = torch.tensor(following, device=self._device)
+                said = self._logits(self._hidden(tokens, cache)[:, -1]).argmax(-1).tolist()
+                for row, prompt in enumerate(prompts):
+                    if at < len(prompt):
+                        said[row] = prompt[at]
+                    elif not ended[row]:
+                        found[row].append(said[row])
+                        ended[row] = stop(found[row]) or len(found[row]) == max_tokens
+                following, at = [[token] for token in said], at + 1
         return found
 
     def _scored(self, rows: list[_Row], progress: OnProgress) -> list[Scored]:
@@ -201,7 +215,7 @@ class TorchScorer:
 
         shared = min(group.shared for group in groups)
         rows = [row for group in groups for row in group.rows]
-        with torch.inference_mode():
+        with torch.no_grad():
             cache = self._beginnings(groups, shared)
             tails = [row.tokens[shared:] for row in rows]
             longest = max(map(len, tails))
@@ -330,11 +344,6 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
         if left != right:
             return at
     return min(len(one), len(other))
-
-
-def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 def _opened(source: Any, device: str, dtype: str) -> Any:
