@@ -23,6 +23,8 @@ GATHERED = {
 }
 """(operator, input) that reads one row of a table a token, not the table."""
 
+SKIP_NORM = "SkipSimplifiedLayerNormalization"
+
 VIEWS = {"Reshape", "Transpose", "Identity"}
 """Done once, when the file is opened; what counts is who reads their output."""
 
@@ -37,6 +39,18 @@ def layer_of(node: ir.Node) -> int | None:
     """The layer that a node's names speak of."""
     found = (LAYER.search(name) for name in names_of(node))
     return next((int(match[1]) for match in found if match), None)
+
+
+def forget_unused(graph: ir.Graph) -> None:
+    """Take the names from optional outputs that nobody reads, so that they are not computed.
+
+    mobius names mean and deviation of each fused norm: a third of its time in onnxruntime 1.31.
+    """
+    for node in graph:
+        if node.op_type == SKIP_NORM:
+            for value in node.outputs[1:3]:
+                if not value.uses() and not value.is_graph_output():
+                    value.name = ""
 
 
 def bytes_per_token(model_file: Path) -> int:

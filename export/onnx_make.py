@@ -18,7 +18,7 @@ from shortstack.export.onnx_attention import set_attention
 from shortstack.export.onnx_builders import choose
 from shortstack.export.onnx_config import genai_config, write_genai_config
 from shortstack.export.onnx_data import DataFile
-from shortstack.export.onnx_graph import bytes_per_token
+from shortstack.export.onnx_graph import bytes_per_token, forget_unused
 from shortstack.export.onnx_half import to_half
 from shortstack.export.onnx_quantize import Quantization, quantize
 from shortstack.export.onnx_removed import drop_removed
@@ -53,6 +53,7 @@ def write(
     """Write the model, one tensor at a time, in a precision."""
     graph = model.graph
     RemoveUnusedNodesPass()(model)
+    forget_unused(graph)
     report = _Report(_weights(graph))
     with DataFile(out / DATA) as data:
         if precision in BITS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from shortstack.export.onnx_data import DataFile
-from shortstack.export.onnx_fuse import beside, fuse_silu, replace, take_over
 from shortstack.export.onnx_graph import names_of
 from shortstack.export.onnx_tables import Tables
 from shortstack.export.to_onnx import ROUNDED_AT_ONCE
@@ -74,59 +73,35 @@ def quantize_rows(table: NDArray[Any], block: int, bits: int) -> Codes:
 def quantize(
     graph: ir.Graph, tables: Tables, how: Quantization, data: DataFile, written: OnWritten
 ) -> None:
-    """Put every matrix of the graph, embedding and head too, into `data` as blocks of integers.
-
-    Gate and up projection read the same and become one product.
-    """
+    """Put every matrix of the graph, embedding and head too, into `data` as blocks of integers."""
     table = tables.gather.inputs[0]
     assert table is not None
-    embedding = _put(graph, [table], how.block, how.head_bits, data, turned=False)
+    embedding = _put(graph, table, how.block, how.head_bits, data, turned=False)
     _replace_gather(graph, tables.gather, embedding)
     written(embedding.n_weights)
     for node in list(graph):
-        if node.graph is None or not _multiplies(node):
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        if weight is None:
             continue
         if node is tables.head and tables.tied:
-            replace(graph, node, [_product(node, embedding)])
-        elif _weight(node) is not None:
-            up = beside(node)
-            nodes = [node] if up is None or how.bits_of(up) != how.bits_of(node) else [node, up]
+            _replace_product(graph, node, embedding)
+        elif weight.const_value is not None and len(weight.const_value.shape) == 2:
             bits = how.head_bits if node is tables.head else how.bits_of(node)
-            weights = [weight for weight in map(_weight, nodes) if weight is not None]
-            matrix = _put(graph, weights, how.block, bits, data, turned=True)
-            _replace_products(graph, nodes, matrix)
+            matrix = _put(graph, weight, how.block, bits, data, turned=True)
+            _replace_product(graph, node, matrix)
             written(matrix.n_weights)
-    fuse_silu(graph)
-
-
-def _multiplies(node: ir.Node) -> bool:
-    return node.op_type == "MatMul" and node.inputs[1] is not None
-
-
-def _weight(node: ir.Node) -> ir.Value | None:
-    """The stored matrix that a product multiplies with; None where it is computed."""
-    weight = node.inputs[1]
-    stored = weight.const_value if weight is not None else None
-    return weight if stored is not None and len(stored.shape) == 2 else None
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A matrix (rows, width) in blocks along its rows: where its codes and scales are.
-
-    `parts` are the rows of each matrix that it was joined from.
-    """
+    """A matrix (rows, width) in blocks along its rows: where its codes and scales are."""
 
     codes: ir.Value
     scales: ir.Value
-    parts: tuple[int, ...]
+    rows: int
     width: int
     block: int
     bits: int
-
-    @property
-    def rows(self) -> int:
-        return sum(self.parts)
 
     @property
     def n_weights(self) -> int:
@@ -134,29 +109,19 @@ class Quantized:
 
 
 def _put(
-    graph: ir.Graph,
-    sources: Sequence[ir.Value],
-    block: int,
-    bits: int,
-    data: DataFile,
-    *,
-    turned: bool,
+    graph: ir.Graph, source: ir.Value, block: int, bits: int, data: DataFile, *, turned: bool
 ) -> Quantized:
-    """Round initializers, each transposed if `turned`, and write them as one, rows on rows."""
-    name, parts, counts, width = str(sources[0].name), [], [], 0
-    for source in sources:
-        stored = source.const_value
-        assert stored is not None
-        matrix = stored.numpy().T if turned else stored.numpy()
-        rows, width = matrix.shape
-        counts.append(rows)
-        parts.append(quantize_rows(matrix, block, bits))
-    codes, scales = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
+    """Round an initializer, transposed if `turned`, and write it."""
+    stored, name = source.const_value, str(source.name)
+    assert stored is not None
+    matrix = stored.numpy().T if turned else stored.numpy()
+    codes, scales = quantize_rows(matrix, block, bits)
     values = [
         register(graph, data.add(f"{name}.{suffix}", array))
         for suffix, array in (("codes", codes), ("scales", scales))
     ]
-    return Quantized(values[0], values[1], tuple(counts), width, block, bits)
+    rows, width = matrix.shape
+    return Quantized(values[0], values[1], rows, width, block, bits)
 
 
 def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
@@ -165,8 +130,8 @@ def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     return value
 
 
-def _product(node: ir.Node, matrix: Quantized) -> ir.Node:
-    return ir.node(
+def _replace_product(graph: ir.Graph, node: ir.Node, matrix: Quantized) -> None:
+    product = ir.node(
         "MatMulNBits",
         [node.inputs[0], matrix.codes, matrix.scales],
         {
@@ -179,26 +144,7 @@ def _product(node: ir.Node, matrix: Quantized) -> ir.Node:
         domain="com.microsoft",
         name=node.name,
     )
-
-
-def _replace_products(graph: ir.Graph, nodes: list[ir.Node], matrix: Quantized) -> None:
-    """One product in the place of several that read the same; its columns are split among them."""
-    product = _product(nodes[0], matrix)
-    if len(nodes) == 1:
-        replace(graph, nodes[0], [product])
-        return
-    name = f"{nodes[0].name}/parts"
-    sizes = register(graph, ir.tensor(np.array(matrix.parts, np.int64), name=f"{name}.sizes"))
-    split = ir.node(
-        "Split",
-        [product.outputs[0], sizes],
-        {"axis": -1},
-        num_outputs=len(nodes),
-        name=name,
-    )
-    graph.insert_before(nodes[0], [product, split])
-    for node, part in zip(nodes, split.outputs, strict=True):
-        take_over(graph, node, part)
+    _replace(graph, node, [product])
 
 
 def _replace_gather(graph: ir.Graph, node: ir.Node, table: Quantized) -> None:
@@ -214,4 +160,14 @@ def _replace_gather(graph: ir.Graph, node: ir.Node, table: Quantized) -> None:
         domain="com.microsoft",
         name=node.name,
     )
-    replace(graph, node, [flat, lookup])
+    _replace(graph, node, [flat, lookup])
+
+
+def _replace(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
+    """Put nodes in the place of one; the last of them makes its result, under its name."""
+    before, after = old.outputs[0], new[-1].outputs[0]
+    after.type, after.shape, name = before.type, before.shape, before.name
+    graph.insert_before(old, new)
+    before.replace_all_uses_with(after, replace_graph_outputs=True)
+    graph.remove(old, safe=True)
+    after.name = name

@@ -9,7 +9,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import VerificationError
-from shortstack.export.onnx_graph import CACHE, layer_of, names_of
+from shortstack.export.onnx_graph import CACHE, SKIP_NORM, layer_of, names_of
 from shortstack.families.table import Part
 
 OUTPUTS: dict[Part, re.Pattern[str]] = {
@@ -22,7 +22,6 @@ STAYS_ZERO = {"Div", "Reshape", "Cast", "RMSNormalization", "SimplifiedLayerNorm
 """Operators whose result is zero where their first input is (a norm of zeros is 0 / epsilon); a
 product is zero where either is."""
 
-SKIP_NORM = "SkipSimplifiedLayerNormalization"
 ANOTHER = "Try another builder: --option builder=mobius"
 
 

@@ -115,7 +115,8 @@ def predict(checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, int]:
     size = checkpoint.n_params * bits // 8 if plain else _quantized_bytes(checkpoint, spec)
     entry_bytes = 2 if spec.precision == "fp16" else 4
     size += 200 * checkpoint.n_layers * 50 + entry_bytes * _rotation_entries(checkpoint, spec)
-    making = builder.peak_ram_bytes(checkpoint) + _writing_bytes(checkpoint, bits)
+    largest = max(math.prod(info.shape) for info in checkpoint.tensors.values())
+    making = builder.peak_ram_bytes(checkpoint) + _writing_bytes(largest, bits)
     observing = importance.peak_ram_bytes(checkpoint) if calibrates(checkpoint, spec) else 0
     return {
         "size_bytes": size,
@@ -124,16 +125,12 @@ def predict(checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, int]:
     }
 
 
-def _writing_bytes(checkpoint: Checkpoint, bits: int) -> int:
-    """What the largest tensor takes while it is written: it and its copy in float32, or its codes
-    and what rounding a part of it takes; a gate's codes are kept, and joined with those of up."""
-    largest = max(math.prod(info.shape) for info in checkpoint.tensors.values())
+def _writing_bytes(largest: int, bits: int) -> int:
+    """What the largest tensor takes while it is written, of so many weights: it and its copy in
+    float32, or its codes and what rounding a part of it takes."""
     if bits == 32:
         return 8 * largest
-    if bits == 16:
-        return 6 * largest
-    gate = checkpoint.dims["d"] * checkpoint.dims["ff"]
-    return max(5 * largest, 8 * gate) + 16 * min(largest, ROUNDED_AT_ONCE)
+    return 6 * largest if bits == 16 else 5 * largest + 16 * min(largest, ROUNDED_AT_ONCE)
 
 
 def _rotation_entries(checkpoint: Checkpoint, spec: ExportSpec) -> int:

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
@@ -78,19 +77,3 @@ def test_the_runtime_reads_what_was_rounded(
     if body == 4:
         assert distance(found, truth) > 2 * distance(found, meant)
     assert json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["vocab_size"]
-
-
-@pytest.mark.usefixtures("no_children")
-@pytest.mark.parametrize(("name", "products"), [("llama", 4), ("gemma3", 6), ("phi3", 4)])
-def test_gate_and_up_projection_are_one_product(name: str, products: int, tmp_path: Path) -> None:
-    """Products a layer: query, key and value as one (the builder's), output, gate and up, down.
-
-    Gemma 3 has norms of query and key, which keep those three apart.
-    """
-    checkpoint = Checkpoint.open(make_model(name, tmp_path / "model"))
-    (tmp_path / "out").mkdir()
-    to_onnx.export(checkpoint, ExportSpec.parse("onnx:int4"), tmp_path / "out")
-    nodes = ir.load(tmp_path / "out" / "model.onnx").graph
-    kinds = [node.op_type for node in nodes]
-    assert kinds.count("MatMulNBits") == products * checkpoint.n_layers + 1
-    assert "Sigmoid" not in kinds
