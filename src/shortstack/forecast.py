@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shortstack import prune
+from shortstack import mend, prune
 from shortstack.certify import require_pytorch
 from shortstack.checkpoint import Checkpoint
 from shortstack.devices.host import check_threads
@@ -32,6 +32,7 @@ def refuse(recipe: Recipe, out: Path) -> None:
     check_apart(out, model_paths(recipe.model))
     check_threads(recipe.bench.threads)
     require_pytorch()
+    mend.check(recipe)
     preview = preview_model(recipe.model)
     if preview is None:  # a hub model: its size is checked when it is downloaded
         prune.planner(recipe.prune.method)
@@ -120,6 +121,7 @@ def predict_steps(recipe: Recipe, preview: Preview) -> list[dict[str, Any]]:
     rows.append(
         _row("pruned/checkpoint", cut["output_bytes"], cut["peak_ram_bytes"], cut["disk_bytes"])
     )
+    rows += _mending(recipe, original, pruned, cut["output_bytes"])
     for label, checkpoint in (("original", original), ("pruned", pruned)):
         checks = {checks_for(checkpoint, wanted, recipe.verify) for wanted in recipe.export}
         for verify in sorted(checks, key=lambda check: check.window_tokens):
@@ -136,6 +138,27 @@ def predict_steps(recipe: Recipe, preview: Preview) -> list[dict[str, Any]]:
                     expected["disk_bytes"],
                 )
             )
+    return rows
+
+
+def _mending(
+    recipe: Recipe, original: Checkpoint, pruned: Checkpoint, n_bytes: int
+) -> list[dict[str, Any]]:
+    """Repair and healing: a folder like the cut one each. Healing holds the student in float32
+    with gradients and two moments, the best state, and the teacher."""
+    rows = []
+    if recipe.repair is not None:
+        rows.append(_row("pruned/repaired", n_bytes, 4 * (original.n_params + pruned.n_params)))
+    if recipe.heal is not None:
+        states = 5 * 4 * pruned.n_params
+        rows.append(
+            _row(
+                "pruned/healed",
+                n_bytes,
+                states + 4 * original.n_params + 2**31,
+                n_bytes + 4 * 4 * pruned.n_params,
+            )
+        )
     return rows
 
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from shortstack import forecast, reporting, steps
+from shortstack import forecast, mend, reporting, steps
 from shortstack.devices.report import write_report
 from shortstack.progress import Display
 from shortstack.recipe import Recipe
@@ -14,7 +14,9 @@ from shortstack.run_folder import RunFolder
 
 
 def run(recipe: Recipe, out: Path, display: Display, command: str = "") -> dict[str, Any]:
-    """Plan, cut, export, verify, measure, report. Returns the figures and the report's path.
+    """Plan, cut, repair, heal, export, verify, measure, report.
+
+    Returns the figures and the report's path.
 
     Finished steps with unchanged inputs are skipped, so a killed run goes on where it was.
     Artifacts that fail their check are removed and listed under `failures`; the others go on.
@@ -26,8 +28,11 @@ def run(recipe: Recipe, out: Path, display: Display, command: str = "") -> dict[
         original = steps.open_original(folder, recipe.model)
         forecast.check_opened(recipe, original)
         steps.check_text(recipe, original, corpus)
+        mend.check_text(recipe, original, corpus)
         plan = steps.plan(folder, recipe.prune, original, corpus)
-        models = {"original": original, "pruned": steps.cut(folder, original, plan)}
+        cut = steps.cut(folder, original, plan)
+        pruned = mend.mended(folder, recipe, original, cut, plan, corpus)
+        models = {"original": original, "pruned": pruned}
         exported = [
             steps.export(folder, recipe, label, checkpoint, wanted, corpus)
             for label, checkpoint in models.items()

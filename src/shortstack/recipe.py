@@ -38,6 +38,27 @@ class PruneRecipe(_Strict):
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
 
 
+class RepairRecipe(_Strict):
+    """Repair of the cut without training; kept where perplexity on the selection part falls."""
+
+    method: str = Field("folded", description="auto, folded, or a repair by name")
+    windows: int = Field(32, ge=4)
+    window_tokens: int = Field(256, ge=8)
+
+
+class HealRecipe(_Strict):
+    """Training of the cut model towards the original; the best state on the selection part."""
+
+    tokens: int = Field(ge=1, description="the student's budget")
+    window_tokens: int = Field(512, ge=8)
+    batch_windows: int = Field(16, ge=1)
+    learning_rate: float = Field(3e-4, gt=0, allow_inf_nan=False)
+    train: str = "all"
+    general: str | None = Field(None, description="general text, mixed in")
+    share: float = Field(0.5, ge=0, le=1, description="of general text")
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+
+
 class ExportRecipe(_Strict):
     """One artifact, of the pruned model and of the original."""
 
@@ -91,6 +112,8 @@ class Recipe(_Strict):
     model: str
     text: str | TextRecipe
     prune: PruneRecipe
+    repair: RepairRecipe | None = None
+    heal: HealRecipe | None = None
     export: tuple[ExportRecipe, ...] = Field(min_length=1)
     calibration: CalibrationRecipe = CalibrationRecipe()
     verify: VerifyRecipe = VerifyRecipe()
@@ -177,6 +200,8 @@ def _model_at(loc: Sequence[int | str]) -> type[BaseModel]:
     """The model whose keys are valid at a place in the recipe."""
     models: dict[str, type[BaseModel]] = {
         "prune": PruneRecipe,
+        "repair": RepairRecipe,
+        "heal": HealRecipe,
         "export": ExportRecipe,
         "calibration": CalibrationRecipe,
         "verify": VerifyRecipe,

@@ -1,0 +1,175 @@
+"""The steps of a run that bring a cut model back: repair without training, then healing."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shortstack.checkpoint import Checkpoint
+from shortstack.errors import ShortstackError, require, unknown
+from shortstack.progress import OnProgress
+from shortstack.prune.plan import PrunePlan
+from shortstack.prune.repair import CHOICES
+from shortstack.recipe import HealRecipe, Recipe, RepairRecipe
+from shortstack.run_folder import RunFolder
+from shortstack.text import Corpus, open_corpus
+from shortstack.tokens import Encoder
+
+SELECTION_WINDOWS = 32
+"""On which the best state of healing is chosen."""
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse what these steps could not do. Raises ShortstackError."""
+    if recipe.repair is not None and recipe.repair.method not in CHOICES:
+        raise unknown("repair", recipe.repair.method, CHOICES)
+    if recipe.heal is not None:
+        require(("torch", "transformers", "accelerate"), "heal", "healing")
+        _settings(recipe.heal, recipe.seed)
+
+
+def check_text(recipe: Recipe, original: Checkpoint, corpus: Corpus) -> None:
+    """Cut every window that these steps will want: too little text is no news for the end."""
+    if recipe.repair is not None:
+        _repair_windows(recipe.repair, original, corpus)
+    if recipe.heal is not None:
+        _heal_windows(recipe.heal, original, corpus)
+
+
+def mended(
+    folder: RunFolder,
+    recipe: Recipe,
+    original: Checkpoint,
+    cut: Checkpoint,
+    made: PrunePlan,
+    corpus: Corpus,
+) -> Checkpoint:
+    """The cut checkpoint after the repair and the healing that the recipe asks for."""
+    if recipe.repair is not None:
+        cut = _repair(folder, recipe.repair, original, cut, made, corpus)
+    if recipe.heal is not None:
+        cut = _heal(folder, recipe, recipe.heal, original, cut, corpus)
+    return cut
+
+
+def _repair(
+    folder: RunFolder,
+    choice: RepairRecipe,
+    original: Checkpoint,
+    cut: Checkpoint,
+    made: PrunePlan,
+    corpus: Corpus,
+) -> Checkpoint:
+    from shortstack.prune.repair import repair
+
+    inputs = {"model": cut.sha256, "text": corpus.sha256, "repair": choice.model_dump()}
+
+    def make(partial: Path, progress: OnProgress) -> dict[str, Any]:
+        windows = _repair_windows(choice, cut, corpus)
+        _, facts = repair(
+            original, cut, made, *windows, partial, method=choice.method, progress=progress
+        )
+        return {"repair": facts}
+
+    where, _ = folder.build("pruned/repaired", "Repair the cut", inputs, make)
+    return Checkpoint.open(where)
+
+
+def _heal(
+    folder: RunFolder,
+    recipe: Recipe,
+    choice: HealRecipe,
+    original: Checkpoint,
+    cut: Checkpoint,
+    corpus: Corpus,
+) -> Checkpoint:
+    from shortstack.prune.heal.train import heal
+
+    inputs = {
+        "model": cut.sha256,
+        "teacher": original.sha256,
+        "text": corpus.sha256,
+        "heal": choice.model_dump(),
+        "seed": recipe.seed,
+    }
+    state = folder.path / "pruned" / ".healing"
+    """A killed run goes on from what it saved here."""
+
+    def make(partial: Path, progress: OnProgress) -> dict[str, Any]:
+        train, selection = _heal_windows(choice, cut, corpus)
+        settings = _settings(choice, recipe.seed)
+        _, facts = heal(
+            *(cut, original, train, selection, partial, settings),
+            progress=progress,
+            note=folder.display.note,
+            state=state,
+        )
+        return {"heal": facts}
+
+    where, manifest = folder.build("pruned/healed", "Heal the cut", inputs, make)
+    shutil.rmtree(state, ignore_errors=True)
+    facts = manifest["heal"]
+    folder.display.note(
+        f"healed: perplexity {facts['perplexity_before']:.2f} to {facts['perplexity_after']:.2f} "
+        f"on selection text, {facts['tokens_seen']:,} tokens"
+    )
+    return Checkpoint.open(where)
+
+
+def _settings(choice: HealRecipe, seed: int) -> Any:
+    from shortstack.prune.heal.settings import HealSettings
+
+    known = {field.name for field in dataclasses.fields(HealSettings)}
+    wrong = sorted(set(choice.options) - known)
+    if wrong:
+        raise unknown("option of heal", wrong[0], known)
+    named = choice.model_dump(exclude={"general", "share", "options"})
+    try:
+        return HealSettings(**{"seed": seed, **named, **choice.options})
+    except TypeError as error:  # a text where a number belongs
+        raise ShortstackError(f"heal: {error}. Mend the option.") from None
+
+
+def _repair_windows(
+    choice: RepairRecipe, checkpoint: Checkpoint, corpus: Corpus
+) -> tuple[list[list[int]], list[list[int]]]:
+    encoder, length = Encoder(checkpoint), choice.window_tokens
+    return (
+        encoder.windows(corpus.calibration, length, choice.windows),
+        encoder.windows(corpus.selection, length, max(1, choice.windows // 4)),
+    )
+
+
+def _heal_windows(
+    choice: HealRecipe, checkpoint: Checkpoint, corpus: Corpus
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Windows to train on, the user's and general text mixed, and those to choose the best on."""
+    from shortstack.prune.heal.data import mix, packed_windows
+
+    encoder, length = Encoder(checkpoint), choice.window_tokens
+
+    def cut(documents: Sequence[str]) -> list[list[int]]:
+        inner = length - len(encoder.prefix)
+        windows = packed_windows(documents, encoder.encode, inner)
+        if not windows:
+            raise ShortstackError(
+                f"heal: the text holds no {length} tokens. Give more text or a smaller "
+                "window_tokens."
+            )
+        return [[*encoder.prefix, *window] for window in windows]
+
+    train, selection = cut(corpus.calibration), cut(corpus.selection)[:SELECTION_WINDOWS]
+    if choice.general is not None:
+        other = open_corpus(choice.general)
+        shared = set(other.calibration) & {*corpus.selection, *corpus.test}
+        if shared:
+            raise ShortstackError(
+                f"heal.general shares {len(shared)} documents with the selection or test part of "
+                "text: a leak. Remove them from one file."
+            )
+        wanted = max(1, choice.tokens // length)
+        train = mix(train, cut(other.calibration), choice.share, wanted)
+    return train, selection
