@@ -448,3 +448,16 @@ def test_bad_options_give_one_line(
 
 def test_a_report_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "has no readable report.json" in fails(["report", str(tmp_path)], capsys)
+
+
+def test_an_option_of_a_method_is_told_and_a_wrong_one_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", str(tiny), "--drop", "1", "--window-tokens", "32", "--quiet"]
+    told = [*words, "--method", "random", "--option", "seed=3", "-o", str(tmp_path / "plan.json")]
+    assert main(told) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert plan["method"] == "random"
+    wrong = [*words, "--method", "random", "--option", "sed=3", "-o", str(tmp_path / "other.json")]
+    assert main(wrong) == 2
+    assert "Did you mean 'seed'?" in capsys.readouterr().err

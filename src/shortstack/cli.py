@@ -32,7 +32,9 @@ app = typer.Typer(
 Drop = Annotated[
     str, typer.Option(help="How many layers a method shall choose, or which: 11-15,20.")
 ]
-Method = Annotated[str, typer.Option(help="explicit, influence or perplexity.")]
+Method = Annotated[
+    str, typer.Option(help="How layers are chosen: docs/methods.md; a wrong name lists them all.")
+]
 
 
 @app.command()
@@ -71,6 +73,7 @@ def plan(
     text: Text = "spdx",
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 8,
     window_tokens: Annotated[int, typer.Option(min=8, help="Tokens a window.")] = 256,
+    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, e.g. screen=3.")] = None,
     dry_run: DryRun = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -80,7 +83,12 @@ def plan(
     from shortstack.recipe import PruneRecipe, part
 
     choice = part(
-        PruneRecipe, method=method, drop=drop, windows=windows, window_tokens=window_tokens
+        PruneRecipe,
+        method=method,
+        drop=drop,
+        windows=windows,
+        window_tokens=window_tokens,
+        options=commands.typed_options(option or ()),
     )
     result = commands.plan(
         model, choice, text, out, dry_run=dry_run, display=terminal.display(quiet or as_json)

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from shortstack import forecast, prune, reporting, steps
 from shortstack.artifact import Artifact
 from shortstack.certify import make_reference, require_pytorch
@@ -51,6 +53,11 @@ def split_option(text: str) -> tuple[str, str]:
     if not (name and equals and value):
         raise ShortstackError(f"option {text!r} is not NAME=VALUE, e.g. head=Q6_K.")
     return name, value
+
+
+def typed_options(texts: Sequence[str]) -> dict[str, Any]:
+    """`screen=3` as a recipe would read it: a number stays a number."""
+    return {name: yaml.safe_load(value) for name, value in map(split_option, texts)}
 
 
 @contextlib.contextmanager
