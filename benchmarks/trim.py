@@ -7,8 +7,9 @@
 DIR holds DOMAIN/SET/{train,validation,test}.jsonl[.gz] with questions. Tuned on train, scanned on
 150 rows of validation, tested once on test. A set without train divides its validation once, one
 with fewer than 100 validation rows gives the rest from train; contexts are left out where the test
-rows have none. Each run is a process of its own and writes OUT/NAME.SET.MODE.SEED.json; one that is
-there is kept, and the table is made of all that are there. `--set` changes any field of Settings.
+rows have none. Off-domain sets that DIR lacks are left out. Each run is a process of its own and
+writes OUT/NAME.SET.MODE.SEED.json; one that is there is kept, and the table is made of all that are
+there. `--set` changes any field of Settings. All modes tune on the same number of rows.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ def run_one(job: dict[str, Any]) -> None:
     if "epochs" not in job["settings"] and 2 * len(parts.tune) <= settings.rows_per_epoch:
         settings = dataclasses.replace(settings, epochs=2)  # a round of a small set is short
     off = {
-        name: questions(data, name, "test")[: min(OFF_ROWS, job["limit"])] for name in OFF_DOMAIN
+        name: rows[: min(OFF_ROWS, job["limit"])]
+        for name in OFF_DOMAIN
+        if (rows := questions(data, name, "test"))
     }
     encoder = Encoder(Checkpoint.open(path))
     device = torch.device(job["device"])
@@ -165,7 +168,7 @@ def job_of(args: argparse.Namespace, name: str, mode: str, seed: int, file: Path
     if mode == "full":
         settings["ratio"] = 1.0
     if mode == "one-shot":  # as many rounds as the progressive run had when it got there
-        keep, settings["snapshots"] = args.one_shot_keep, []
+        keep = args.one_shot_keep
     return {
         **{"name": args.name, "set": name, "mode": mode, "seed": seed, "file": str(file)},
         **{"model": str(args.model), "data": str(args.data), "device": args.device},

@@ -59,11 +59,14 @@ class Exam:
     """Questions ready to be scored: equal inputs once, sorted by length, in batches.
 
     A row whose inputs begin another's is read off that one: one-token choices cost one pass.
+    Raises ShortstackError where there are no questions: nothing has an accuracy then.
     """
 
     def __init__(
         self, encoder: Encoder, questions: Sequence[Question], max_prompt_tokens: int, device: Any
     ) -> None:
+        if not questions:
+            raise ShortstackError("there are no questions to score. Give at least one.")
         self.questions = tuple(questions)
         rows = [encode(encoder, question, max_prompt_tokens) for question in questions]
         self.n_choices = [len(choices) for choices in rows]

@@ -112,6 +112,11 @@ def test_a_scan_is_what_cut_checkpoints_score_one_by_one(name: str, tmp_path: Pa
     assert len({round(score.nats, 4) for score in found.without.values()}) == len(candidates)
 
 
+def test_an_exam_without_questions_is_refused(opened: tuple[Any, Encoder]) -> None:
+    with pytest.raises(ShortstackError, match="no questions to score"):
+        Exam(opened[1], (), 64, torch.device("cpu"))
+
+
 def test_a_block_scan_skips_whole_layers(opened: tuple[Any, Encoder], tiny: Path) -> None:
     hf, encoder = opened
     model = TrimModel(hf, "block")
