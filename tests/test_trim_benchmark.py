@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,12 @@ def test_all_modes_run_and_spend_the_same_rows(
         assert run["curve"][-1]["tokens"] == runs["progressive"]["curve"][-1]["tokens"]
         assert len(run["curve"]) == len(runs["progressive"]["curve"])
         assert all(set(scores) == {"test", "general/piqa"} for scores in run["tests"].values())
+    assert len(runs["full"]["trained"]) == 12
+    assert len(runs["progressive"]["trained"]) == 3
     assert set(runs["full"]["dense"]) == {"test", "general/piqa"}
     printed = capsys.readouterr().out
     for row in ("untuned | 100%", "full | 100%", "progressive | 75%", "one-shot | 50%"):
         assert f"| {row} |" in printed
+    for mode in runs:
+        line = rf"trim, {mode}, cpu, 1 at once: [\d.]+ s a round, 5 rounds, \d+ s to load and test"
+        assert re.search(line, printed)
