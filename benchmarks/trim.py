@@ -7,8 +7,9 @@
 DIR holds DOMAIN/SET/{train,validation,test}.jsonl[.gz] with questions. Tuned on train, scanned on
 150 rows of validation, tested once on test. A set without train divides its validation once, one
 with fewer than 100 validation rows gives the rest from train; contexts are left out where the test
-rows have none. Each run is a process of its own and writes OUT/NAME.SET.MODE.SEED.json; one that is
-there is kept, and the table is made of all that are there. `--set` changes any field of Settings.
+rows have none. Off-domain sets that DIR lacks are left out. Each run is a process of its own and
+writes OUT/NAME.SET.MODE.SEED.json; one that is there is kept, and the table is made of all that are
+there. `--set` changes any field of Settings. All modes tune on the same number of rows.
 """
 
 from __future__ import annotations
@@ -27,9 +28,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shortstack.questions import Question, open_questions
+
+if TYPE_CHECKING:
+    from shortstack.prune.trim.loop import Trimmed
+    from shortstack.prune.trim.rows import Parts
+    from shortstack.prune.trim.settings import Settings
 
 SETS = (
     "finance/financial_phrasebank",
@@ -99,15 +105,17 @@ def run_one(job: dict[str, Any]) -> None:
     if "epochs" not in job["settings"] and 2 * len(parts.tune) <= settings.rows_per_epoch:
         settings = dataclasses.replace(settings, epochs=2)  # a round of a small set is short
     off = {
-        name: questions(data, name, "test")[: min(OFF_ROWS, job["limit"])] for name in OFF_DOMAIN
+        name: rows[: min(OFF_ROWS, job["limit"])]
+        for name in OFF_DOMAIN
+        if (rows := questions(data, name, "test"))
     }
     encoder = Encoder(Checkpoint.open(path))
     device = torch.device(job["device"])
     dense = {}
     if job["mode"] == "full":
         model = TrimModel(load(path, torch.float32).to(device), settings.unit)
-        for name, rows in {"test": parts.test, **off}.items():
-            exam = Exam(encoder, rows, settings.max_prompt_tokens, device)
+        for name, asked in {"test": parts.test, **off}.items():
+            exam = Exam(encoder, asked, settings.max_prompt_tokens, device)
             dense[name] = dataclasses.asdict(evaluate(model, exam))
         del model
     with tempfile.TemporaryDirectory(dir=job["work"]) as work:
@@ -122,27 +130,35 @@ def run_one(job: dict[str, Any]) -> None:
             resumable=False,
             on_round=lambda row: print(job["mode"], job["set"], json.dumps(row), flush=True),
         )
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     facts = {
-        **{name: job[name] for name in ("name", "set", "mode", "seed", "keep", "device", "limit")},
+        **described(job, settings, parts, result),
+        "dense": dense,
+        "wall_s": round(time.perf_counter() - start, 1),
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
+        "torch": torch.__version__,
+    }
+    Path(job["file"]).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def described(job: dict[str, Any], settings: Settings, parts: Parts, result: Trimmed) -> Any:
+    """What was asked for and what came of it, for the run's JSON file."""
+    asked = ("name", "set", "mode", "seed", "keep", "device", "limit", "jobs")
+    return {
+        **{name: job[name] for name in asked},
         "settings": dataclasses.asdict(settings),
         "rows": {name: len(getattr(parts, name)) for name in ("tune", "scan", "test")},
-        "dense": dense,
         "curve": result.curve,
         "kept": [
             {"left": k.n_left, "round": k.round, "gone": list(map(str, k.gone))}
             for k in result.kept
         ],
         "n_units": result.n_units,
+        "trained": list(map(str, result.trained)),
         "tests": {
             str(left): {name: dataclasses.asdict(score) for name, score in scores.items()}
             for left, scores in result.tests.items()
         },
-        "wall_s": round(time.perf_counter() - start, 1),
-        "peak_gpu_bytes": peak,
-        "torch": torch.__version__,
     }
-    Path(job["file"]).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def run_all(args: argparse.Namespace) -> int:
@@ -165,11 +181,12 @@ def job_of(args: argparse.Namespace, name: str, mode: str, seed: int, file: Path
     if mode == "full":
         settings["ratio"] = 1.0
     if mode == "one-shot":  # as many rounds as the progressive run had when it got there
-        keep, settings["snapshots"] = args.one_shot_keep, []
+        keep = args.one_shot_keep
     return {
         **{"name": args.name, "set": name, "mode": mode, "seed": seed, "file": str(file)},
         **{"model": str(args.model), "data": str(args.data), "device": args.device},
         **{"limit": args.limit or sys.maxsize, "keep": keep, "settings": settings},
+        "jobs": args.jobs,
         "threads": args.threads or max(1, (os.cpu_count() or 1) // args.jobs),
         "work": str(args.work) if args.work else None,
     }
@@ -248,6 +265,31 @@ def _line(
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+def durations(out: Path) -> str:
+    """Seconds a round and a run, least to most, to plan by: a line a name, mode, device, jobs."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for file in sorted(out.glob("*.json")):
+        run = json.loads(file.read_text(encoding="utf-8"))
+        at_once = run.get("jobs", "?")  # files of older runs do not say
+        groups.setdefault((run["name"], run["mode"], run["device"], at_once), []).append(run)
+    lines = []
+    for (name, mode, device, at_once), runs in sorted(groups.items(), key=str):
+        rounds = [len(run["curve"]) for run in runs]
+        each = [run["curve"][-1]["seconds"] / len(run["curve"]) for run in runs]
+        beside = [run["wall_s"] - run["curve"][-1]["seconds"] for run in runs]
+        lines.append(
+            f"{name}, {mode}, {device}, {at_once} at once: {_between(each, 1)} s a round, "
+            f"{_between(rounds)} rounds, {_between(beside)} s to load and test, "
+            f"{_between([run['wall_s'] for run in runs])} s a run"
+        )
+    return "\n".join(lines)
+
+
+def _between(values: Sequence[float], digits: int = 0) -> str:
+    low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -274,6 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     failed = run_all(args) if args.model else 0
     print(table(args.out))
+    print(durations(args.out))
     return int(failed > 0)
 
 

@@ -77,6 +77,7 @@ def test_what_is_wrong_is_one_line(
         (["--tune", tune], "needs one target"),
         (["--tune", tune, "--keep", "0.01"], "11 may go"),
         (["--tune", tune, "--keep", "0.5", "--device", "tpu"], "no device 'tpu'"),
+        (["--tune", tune, "--keep", "0.5", "--objective", "mse"], "unknown objective 'mse'"),
     ):
         assert main(["trim", str(tiny), *options, "-o", out, "-q"]) == 2
         said = capsys.readouterr().err

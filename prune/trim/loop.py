@@ -13,7 +13,7 @@ from shortstack.errors import ShortstackError
 from shortstack.manifest import step_key
 from shortstack.prune.trim.choose import choose, kept_first
 from shortstack.prune.trim.model import TrimModel, Unit, parse_unit
-from shortstack.prune.trim.rows import Parts, right_row
+from shortstack.prune.trim.rows import Parts, example
 from shortstack.prune.trim.scan import Exam, Scan, Score, evaluate, scan
 from shortstack.prune.trim.schedule import Schedule, droppable
 from shortstack.prune.trim.settings import Settings, Target
@@ -42,7 +42,8 @@ class Kept:
 class Trimmed:
     """What a trim gave: the last model, the snapshots on the way, a curve with one row a round.
 
-    Rows hold `left`, `share`, `dropped`, `tokens`, `seconds`, `loss`, `batch_rows` (fewer than
+    Rows hold `left`, `share`, `dropped`, `tokens`, `seconds`, `loss` (nats, of the objective,
+    mean of the round's steps), `batch_rows` (fewer than
     asked for where memory did not hold them), and the scan rows' `accuracy`, `nats`, `macro_f1`.
     `tests` has the test rows' scores of every kept depth.
     """
@@ -101,7 +102,9 @@ class _Loop:
         self.schedule = Schedule.make(self.model, settings, target)
         limit = settings.max_prompt_tokens
         self.exam = Exam(encoder, parts.scan, limit, self.model.device)
-        self.rows = [right_row(encoder, question, limit) for question in parts.tune]
+        self.examples = [
+            example(encoder, question, limit, settings.objective) for question in parts.tune
+        ]
         seen = {"tune": parts.tune, "scan": parts.scan}
         inputs = {
             "settings": dataclasses.asdict(settings),
@@ -159,7 +162,7 @@ class _Loop:
     def _one_round(self) -> None:
         """Tune; then score or scan; then drop. Saved as a whole: a kill repeats one round."""
         try:
-            took = self.tuner.round(self.rows, self.round, lambda: None)
+            took = self.tuner.round(self.examples, self.round, lambda: None)
         except NotFiniteError as error:
             self.state.stop()
             raise ShortstackError(

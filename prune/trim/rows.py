@@ -73,5 +73,19 @@ def encode(encoder: Encoder, question: Question, max_prompt_tokens: int) -> tupl
     return tuple(rows)
 
 
-def right_row(encoder: Encoder, question: Question, max_prompt_tokens: int) -> Row:
-    return encode(encoder, question, max_prompt_tokens)[question.answer]
+@dataclass(frozen=True)
+class Example:
+    """What one question teaches: rows, and which of them is right; one row, or one a choice."""
+
+    rows: tuple[Row, ...]
+    answer: int = 0
+
+
+def example(
+    encoder: Encoder, question: Question, max_prompt_tokens: int, objective: str
+) -> Example:
+    """All choices for the objective `choices`, the right one alone for `answer`."""
+    rows = encode(encoder, question, max_prompt_tokens)
+    if objective == "choices":
+        return Example(rows, question.answer)
+    return Example((rows[question.answer],))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shortstack.errors import ShortstackError
-from shortstack.prune.trim.rows import Row, encode
+from shortstack.prune.trim.batch import Batch, batch_of, packed
+from shortstack.prune.trim.rows import encode
 from shortstack.questions import Question
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 TOKENS = {"cuda": (16384, 131072, 4096), "cpu": (1024, 2048, 256)}
 """Ids in a batch of rows, in one call of a layer, and positions in one call of the head."""
-Inputs = tuple[tuple[int, ...], list[tuple[int, Row]]]
-"""Ids to run, with (number of the choice, its row) for all that is read off them."""
 
 
 @dataclass(frozen=True)
@@ -43,32 +41,23 @@ class Scan:
     norm: dict[Unit, float]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Padded ids (rows, length); what is read at (row, position): a target of a choice."""
-
-    tokens: Tensor
-    real: Tensor
-    row: Tensor
-    position: Tensor
-    target: Tensor
-    choice: Tensor
-
-
 class Exam:
     """Questions ready to be scored: equal inputs once, sorted by length, in batches.
 
     A row whose inputs begin another's is read off that one: one-token choices cost one pass.
+    Raises ShortstackError where there are no questions: nothing has an accuracy then.
     """
 
     def __init__(
         self, encoder: Encoder, questions: Sequence[Question], max_prompt_tokens: int, device: Any
     ) -> None:
+        if not questions:
+            raise ShortstackError("there are no questions to score. Give at least one.")
         self.questions = tuple(questions)
         rows = [encode(encoder, question, max_prompt_tokens) for question in questions]
         self.n_choices = [len(choices) for choices in rows]
         flat = [row for choices in rows for row in choices]
-        self.batches = [_batch(part, device) for part in _packed(flat, TOKENS[device.type][0])]
+        self.batches = [batch_of(part, device) for part in packed(flat, TOKENS[device.type][0])]
         self.n_tokens = sum(int(batch.real.sum()) for batch in self.batches)
 
     def score(self, log_likelihoods: Tensor) -> Score:
@@ -213,38 +202,3 @@ def _log_probabilities(model: TrimModel, hidden: Tensor, targets: Tensor) -> Ten
         picked = logits.gather(1, wanted[:, None])[:, 0]
         found.append((picked - logits.logsumexp(1)).double())
     return torch.cat(found)
-
-
-def _packed(rows: Sequence[Row], n_tokens: int) -> list[list[Inputs]]:
-    """Unique inputs in length-sorted batches, each with the rows that are read off it."""
-    readers: dict[tuple[int, ...], list[tuple[int, Row]]] = {}
-    for choice, row in enumerate(rows):
-        readers.setdefault(row.inputs, []).append((choice, row))
-    ordered = sorted(readers)
-    for shorter, longer in itertools.pairwise(ordered):
-        # Sorted, an input that begins others stands right before the first of them.
-        if longer[: len(shorter)] == shorter:
-            readers[longer] += readers.pop(shorter)
-    batches: list[list[Inputs]] = [[]]
-    for inputs in sorted(readers, key=lambda inputs: (len(inputs), inputs)):
-        if batches[-1] and (len(batches[-1]) + 1) * len(inputs) > n_tokens:
-            batches.append([])
-        batches[-1].append((inputs, readers[inputs]))
-    return batches
-
-
-def _batch(part: Sequence[Inputs], device: Any) -> Batch:
-    import torch
-
-    length = max(len(inputs) for inputs, _ in part)
-    tokens = torch.zeros(len(part), length, dtype=torch.long)
-    real = torch.zeros(len(part), length, dtype=torch.bool)
-    reads = []
-    for number, (inputs, readers) in enumerate(part):
-        tokens[number, : len(inputs)] = torch.tensor(inputs)
-        real[number, : len(inputs)] = True
-        for choice, row in readers:
-            for offset, target in enumerate(row.answer):
-                reads.append((number, len(row.prompt) - 1 + offset, target, choice))
-    columns = torch.tensor(reads, device=device).T
-    return Batch(tokens.to(device), real.to(device), *columns)

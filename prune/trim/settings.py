@@ -10,6 +10,7 @@ from shortstack.errors import ShortstackError, unknown
 MODES = ("progressive", "one-shot", "full")
 UNITS = ("sub-block", "block")
 FIRST_SCANS = ("tuned", "untuned")
+OBJECTIVES = ("answer", "choices")
 SCORES = ("scan", "norm", "both", "likelihood")
 
 
@@ -65,12 +66,15 @@ class Settings:
     largest activation norm, `both` breaks the ties of the first by the second (arXiv:2412.11242),
     `likelihood` takes the mean log probability of the right choice among the choices instead of
     the accuracy. `epochs`: passes over `rows_per_epoch` tuning rows before each drop, `last_epochs`
-    more at the end. `rate` is the peak of each round's linear decay.
+    more at the end. `rate` is the peak of each round's linear decay. `objective`: `answer` makes
+    the right continuation likely; `choices` makes it likelier than the question's other choices,
+    which is what accuracy asks. All of these are run then: `batch_rows` counts questions.
     """
 
     mode: str = "progressive"
     unit: str = "sub-block"
     score: str = "both"
+    objective: str = "answer"
     ratio: float = 0.25
     first_scan: str = "tuned"
     drop_per_step: int = 1
@@ -90,6 +94,7 @@ class Settings:
             ("mode", self.mode, MODES),
             ("unit", self.unit, UNITS),
             ("score", self.score, SCORES),
+            ("objective", self.objective, OBJECTIVES),
             ("first scan", self.first_scan, FIRST_SCANS),
         ):
             if name not in known:

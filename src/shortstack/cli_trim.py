@@ -39,6 +39,9 @@ def trim(
     mode: Annotated[str, typer.Option(help="progressive, one-shot or full.")] = "progressive",
     unit: Annotated[str, typer.Option(help="sub-block or block.")] = "sub-block",
     score: Annotated[str, typer.Option(help="both, scan, norm or likelihood.")] = "both",
+    objective: Annotated[
+        str, typer.Option(help="answer: the right one likely; choices: likelier than the others.")
+    ] = "answer",
     ratio: Annotated[float, typer.Option(help="Share of sub-blocks that is trained.")] = 0.25,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 1e-4,
     epochs_per_drop: Annotated[int, typer.Option(min=1)] = 1,
@@ -65,7 +68,7 @@ def trim(
         **{"epochs": epochs_per_drop, "rows_per_epoch": rows_per_epoch, "batch_rows": batch_rows},
         **{"drop_per_step": drop_per_step, "max_prompt_tokens": max_prompt_tokens, "seed": seed},
         **{"protect_first": protect_first, "protect_last": protect_last},
-        **{"last_epochs": last_epochs, "first_scan": first_scan},
+        **{"last_epochs": last_epochs, "first_scan": first_scan, "objective": objective},
         "snapshots": tuple(snapshot or ()),
     }
     target = {

@@ -26,7 +26,7 @@ from shortstack.prune.trim.choose import choose, scan_score
 from shortstack.prune.trim.loop import Trimmed, trim
 from shortstack.prune.trim.model import TrimModel, Unit, parse_unit
 from shortstack.prune.trim.result import check_trimmable, plan_of, write_kept
-from shortstack.prune.trim.rows import Parts, Row, encode, split_scan
+from shortstack.prune.trim.rows import Parts, Row, encode, example, split_scan
 from shortstack.prune.trim.scan import Exam, Scan, Score, evaluate, macro_f1, scan
 from shortstack.prune.trim.schedule import Schedule, droppable
 from shortstack.prune.trim.settings import Settings, Target
@@ -110,6 +110,11 @@ def test_a_scan_is_what_cut_checkpoints_score_one_by_one(name: str, tmp_path: Pa
         assert score.nats == pytest.approx(expected.nats, rel=1e-3)
         assert score.accuracy == expected.accuracy
     assert len({round(score.nats, 4) for score in found.without.values()}) == len(candidates)
+
+
+def test_an_exam_without_questions_is_refused(opened: tuple[Any, Encoder]) -> None:
+    with pytest.raises(ShortstackError, match="no questions to score"):
+        Exam(opened[1], (), 64, torch.device("cpu"))
 
 
 def test_a_block_scan_skips_whole_layers(opened: tuple[Any, Encoder], tiny: Path) -> None:
@@ -197,7 +202,7 @@ def test_frozen_parts_do_not_change(opened: tuple[Any, Encoder]) -> None:
     trained = [Unit(1, "mlp"), Unit(4, "attention")]
     tuner = Tuner(model, QUICK, trained)
     before = {name: tensor.clone() for name, tensor in hf.named_parameters()}
-    tuner.round([encode(encoder, q, 48)[q.answer] for q in made_up(16)], 0, lambda: None)
+    tuner.round([example(encoder, q, 48, "answer") for q in made_up(16)], 0, lambda: None)
     changed = {
         name for name, tensor in hf.named_parameters() if not torch.equal(tensor, before[name])
     }
@@ -207,14 +212,16 @@ def test_frozen_parts_do_not_change(opened: tuple[Any, Encoder]) -> None:
 def test_the_loss_is_of_the_answer_alone(opened: tuple[Any, Encoder]) -> None:
     hf, encoder = opened
     model = TrimModel(hf, "sub-block")
-    rows = [encode(encoder, question, 64)[question.answer] for question in longer(5)]
+    batch = [example(encoder, question, 64, "answer") for question in longer(5)]
+    rows = [row for one in batch for row in one.rows]
+    assert len(rows) == 5
     expected = -sum(log_likelihood(hf, row) for row in rows) / sum(len(r.answer) for r in rows)
-    assert answer_loss(model, rows).item() == pytest.approx(expected, rel=1e-4)
+    assert answer_loss(model, batch).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_out_of_memory_halves_the_batch_once(opened: tuple[Any, Encoder]) -> None:
     hf, encoder = opened
-    rows = [encode(encoder, q, 48)[q.answer] for q in made_up(8)]
+    rows = [example(encoder, q, 48, "answer") for q in made_up(8)]
     model = TrimModel(hf, "sub-block")
     tuner = Tuner(model, QUICK, model.all_units)
     sizes = []
