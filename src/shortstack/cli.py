@@ -32,7 +32,18 @@ app = typer.Typer(
 Drop = Annotated[
     str, typer.Option(help="How many layers a method shall choose, or which: 11-15,20.")
 ]
-Method = Annotated[str, typer.Option(help="explicit, influence or perplexity.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="How layers are chosen: influence, angular, cosine-run, taylor, perplexity, greedy, "
+        "repaired, sub-block, repaired-sub-block, shapley, laco (merges), every, last, random; "
+        "or explicit."
+    ),
+]
+MethodOption = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="Of the method, NAME=VALUE, e.g. screen=0 or protect_last=2."),
+]
 
 
 @app.command()
@@ -71,6 +82,7 @@ def plan(
     text: Text = "spdx",
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 8,
     window_tokens: Annotated[int, typer.Option(min=8, help="Tokens a window.")] = 256,
+    option: MethodOption = None,
     dry_run: DryRun = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -79,8 +91,11 @@ def plan(
     from shortstack import commands, terminal
     from shortstack.recipe import PruneRecipe, part
 
+    options = dict(commands.split_method_option(item) for item in option or ())
     choice = part(
-        PruneRecipe, method=method, drop=drop, windows=windows, window_tokens=window_tokens
+        PruneRecipe,
+        **{"method": method, "drop": drop, "windows": windows, "window_tokens": window_tokens},
+        options=options,
     )
     result = commands.plan(
         model, choice, text, out, dry_run=dry_run, display=terminal.display(quiet or as_json)

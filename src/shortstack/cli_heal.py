@@ -9,7 +9,6 @@ import typer
 
 from shortstack.cli_shared import JsonOption, Out, QuietOption, answer, user_errors
 
-
 TrainText = Annotated[
     list[str], typer.Option(help="Your text: a file, or a folder with train and validation files.")
 ]

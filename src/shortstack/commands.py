@@ -53,6 +53,20 @@ def split_option(text: str) -> tuple[str, str]:
     return name, value
 
 
+def split_method_option(text: str) -> tuple[str, bool | int | float | str]:
+    """An option of a method as a recipe would have it: `screen=0` is a number, `dtype=float32` a
+    word."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise ShortstackError(f"option {text!r} is not NAME=VALUE, e.g. screen=0.")
+    if value in ("true", "false"):
+        return name, value == "true"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return name, kind(value)
+    return name, value
+
+
 @contextlib.contextmanager
 def opened(model: str, near: Path, display: Display) -> Iterator[Checkpoint]:
     """Open a model; one that has to be made into a folder first lies beside `near` meanwhile."""
@@ -79,6 +93,7 @@ def plan(
             raise ShortstackError(
                 f"{out} exists and is no plan: it is not overwritten. Name another file."
             ) from None
+    prune.check_options(choice.method, choice.options)
     preview = preview_model(model)
     if preview is not None:
         forecast.preview_cut(preview.checkpoint, choice)
