@@ -16,7 +16,9 @@ OPTIMUM_PIP := $(OPTIMUM)/bin/python $(INSTALL) -c constraints-optimum.txt
 OPTIMUM_TESTS := tests/export/test_onnx_optimum.py tests/test_spellings.py \
 	tests/prune/test_families.py tests/prune/test_apply.py tests/prune/test_sub_blocks.py \
 	tests/prune/test_per_layer.py tests/prune/test_methods.py tests/prune/test_scoring.py \
-	tests/test_boundaries.py
+	tests/prune/test_choosing.py tests/prune/test_repair.py \
+	tests/prune/test_repair_folding.py tests/prune/test_repair_statistics.py \
+	tests/evaluate/test_torch_scorer.py tests/test_boundaries.py
 
 # llama.cpp compiled with AMX crashes on CPUs that have it for any batch above one token (gcc 12):
 # leave AMX out, keep AVX-512. Compilers that do not know the flags (Arm) get none.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -21,6 +22,7 @@ __all__ = [
     "PrunePlan",
     "Removal",
     "apply_plan",
+    "check_options",
     "cut_identity",
     "parse_drop",
     "parse_removal",
@@ -78,19 +80,40 @@ class Planner(Protocol):
     ) -> PrunePlan: ...
 
 
-def planner(name: str) -> Planner:
-    """The planner of a method; it refuses options that the method does not know."""
+_TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+"""Annotation of an option -> what its value may be."""
+
+
+def check_options(name: str, options: Mapping[str, object]) -> None:
+    """Raise ShortstackError for an option that a method does not know, or of another type."""
+    known = {
+        option: parameter.annotation
+        for option, parameter in inspect.signature(_function(name)).parameters.items()
+        if option not in ("checkpoint", "drop", "windows", "progress")
+    }
+    for option, value in options.items():
+        if option not in known:
+            raise unknown(f"option of method {name!r}", option, known)
+        wanted = known[option]
+        if type(value) not in _TYPES[wanted]:
+            raise ShortstackError(
+                f"option {option!r} of method {name!r} must be of type {wanted}, got {value!r}. "
+                "Mend the value."
+            )
+
+
+def _function(name: str) -> Callable[..., Any]:
     if name not in METHODS:
         raise unknown("prune method", name, METHODS)
     if METHODS[name].needs_text:
         require(("torch", "transformers"), "prune", f"the method {name!r}")
     module, _, function = METHODS[name].target.partition(":")
-    make = getattr(importlib.import_module(module), function)
-    known = [
-        option
-        for option in inspect.signature(make).parameters
-        if option not in ("checkpoint", "drop", "windows", "progress")
-    ]
+    return cast(Callable[..., Any], getattr(importlib.import_module(module), function))
+
+
+def planner(name: str) -> Planner:
+    """The planner of a method; it refuses options that the method does not know."""
+    make = _function(name)
 
     def plan(
         checkpoint: Checkpoint,
@@ -100,9 +123,7 @@ def planner(name: str) -> Planner:
         progress: OnProgress = silent,
         **options: Any,
     ) -> PrunePlan:
-        for option in options:
-            if option not in known:
-                raise unknown(f"option of method {name!r}", option, known)
+        check_options(name, options)
         if METHODS[name].needs_text and not windows:
             raise ShortstackError(f"method {name!r} reads text. Give a text file to score on.")
         made = make(checkpoint, drop=drop, windows=windows, progress=progress, **options)

@@ -25,6 +25,29 @@ REPLACEMENTS = ("layer", "swiglu", "none")
 """The paper's plain FFN is not among them: no layer of a Llama holds an MLP without a gate."""
 
 
+def check_choice(checkpoint: Checkpoint, drop: int, objective: str, replacement: str) -> None:
+    """Raise ShortstackError for what `plan_run` or `streamline` would refuse, before either runs
+    the model."""
+    if objective not in OBJECTIVES:
+        raise unknown("objective", objective, OBJECTIVES)
+    _check_length(checkpoint, drop + _inherited(replacement))
+
+
+def _inherited(replacement: str) -> int:
+    """How many layers of the run stay: the one that the replacement begins as."""
+    if replacement not in REPLACEMENTS:
+        raise unknown("replacement", replacement, REPLACEMENTS)
+    return int(replacement != "none")
+
+
+def _check_length(checkpoint: Checkpoint, length: int) -> None:
+    if not 1 <= length < checkpoint.n_layers:
+        raise ShortstackError(
+            f"a run of {length} layers leaves nothing of the {checkpoint.n_layers} layers of "
+            f"{checkpoint.path}. Drop fewer."
+        )
+
+
 def most_alike_run(
     checkpoint: Checkpoint, windows: list[list[int]], length: int, dtype: str = "auto"
 ) -> tuple[int, tuple[float, ...]]:
@@ -36,11 +59,7 @@ def most_alike_run(
     from shortstack.prune.calibrate import LayerwiseModel, batches
     from shortstack.prune.scoring import block_influence
 
-    if not 1 <= length < checkpoint.n_layers:
-        raise ShortstackError(
-            f"a run of {length} layers leaves nothing of the {checkpoint.n_layers} layers of "
-            f"{checkpoint.path}. Drop fewer."
-        )
+    _check_length(checkpoint, length)
     distances = [0.0] * (checkpoint.n_layers - length + 1)
     count = 0
     with torch.inference_mode():
@@ -61,9 +80,7 @@ def plan_run(
 ) -> PrunePlan:
     """Drop `drop` layers of one run. A replacement stands for one layer more than goes, so that the
     result is as deep as without one; it lies where the run began."""
-    if replacement not in REPLACEMENTS:
-        raise unknown("replacement", replacement, REPLACEMENTS)
-    inherited = int(replacement != "none")
+    inherited = _inherited(replacement)
     first, cosines = most_alike_run(checkpoint, windows, drop + inherited)
     last = first + drop + inherited - 1
     facts = {
@@ -98,8 +115,7 @@ def streamline(
     next token through the whole model. Loss and trained layer of `settings` are set here; the
     facts are those of `heal`. A plan without a replacement is cut and measured only.
     """
-    if objective not in OBJECTIVES:
-        raise unknown("objective", objective, OBJECTIVES)
+    check_choice(original, len(plan.drop), objective, plan.facts["replacement"])
     kind, (first, last) = plan.facts["replacement"], plan.facts["run"]
     (work / "cut").mkdir()
     cut = apply_plan(original, plan, work / "cut")

@@ -17,7 +17,10 @@ import pytest
 from shortstack.cli import main
 from shortstack.manifest import read_manifest
 
-COMMANDS = ("run", "plan", "prune", "export", "bench", "report", "doctor")
+COMMANDS = (
+    *("run", "plan", "prune", "repair", "heal", "streamline", "trim"),
+    *("export", "eval", "bench", "report", "doctor"),
+)
 
 
 def copy(model: Path, to: Path) -> Path:
@@ -183,6 +186,38 @@ def test_a_recipe_that_cannot_work_is_refused_before_anything_is_written(
     recipe = write_recipe(tmp_path, tiny, **changes)
     assert message in fails(["run", str(recipe), "-o", str(out)], capsys)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "message"),
+    [
+        ("greedy", "sreen=0", "Did you mean 'screen'?"),
+        ("greedy", "screen=few", "must be of type int, got 'few'"),
+        ("every", "protect_last=1.5", "must be of type int, got 1.5"),
+        ("taylor", "dtype=1", "must be of type str, got 1"),
+        ("random", "seed=true", "must be of type int, got True"),
+        ("random", "seed", "is not NAME=VALUE"),
+    ],
+)
+def test_an_option_that_a_method_cannot_use_is_refused(
+    method: str,
+    option: str,
+    message: str,
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = ["plan", str(tiny), "--method", method, "--drop", "2", "--option", option]
+    assert message in fails([*args, "-o", str(tmp_path / "plan.json")], capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_of_a_method_reach_it(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["plan", str(tiny), "--method", "last", "--drop", "2", "--option", "protect_last=3"]
+    assert main([*args, "-o", str(tmp_path / "plan.json"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["drop"] == [1, 2]
 
 
 @pytest.mark.parametrize("command", ["run", "prune", "export"])

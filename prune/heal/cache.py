@@ -21,6 +21,15 @@ SHARD_WINDOWS = 64
 ID_BYTES, LOG_P_BYTES, REST_BYTES = 4, 2, 4
 
 
+def check_cacheable(settings: HealSettings) -> None:
+    """Raise ShortstackError where a run reads nothing that a cache could hold."""
+    if settings.top_k is None or settings.loss not in ("kl", "mix"):
+        raise ShortstackError(
+            "a cache holds the teacher's likeliest tokens for the loss kl or mix. Say how many "
+            "with --top-k, e.g. 32."
+        )
+
+
 class TeacherCache:
     """One safetensors file for each 64 windows: `ids` int32 and `log_p` float16 (windows,
     positions, k), `log_rest` float32 (windows, positions)."""
@@ -28,11 +37,7 @@ class TeacherCache:
     def __init__(
         self, folder: Path, teacher_sha256: str, windows: Tensor, settings: HealSettings
     ) -> None:
-        if settings.top_k is None or settings.loss not in ("kl", "mix"):
-            raise ShortstackError(
-                "a cache holds the teacher's likeliest tokens for the loss kl or mix. Say how many "
-                "with --top-k, e.g. 32."
-            )
+        check_cacheable(settings)
         self._folder, self._windows, self._settings = folder, windows, settings
         self._key = step_key(
             "teacher-cache",

@@ -23,7 +23,7 @@ from shortstack.prune.calibrate import choose_dtype
 from shortstack.prune.heal import state
 from shortstack.prune.heal.cache import TeacherCache
 from shortstack.prune.heal.model import Student, freeze
-from shortstack.prune.heal.order import rows_of_step
+from shortstack.prune.heal.order import mixed_seed, rows_of_step
 from shortstack.prune.heal.settings import HealSettings
 from shortstack.prune.heal.sharded import copies, put, whole
 from shortstack.prune.scoring import perplexity
@@ -213,7 +213,7 @@ class Loop:
     def _step(self, step: int, due: bool) -> tuple[float, bool]:
         """One update; returns its mean loss, and whether the first process wants to save."""
         # So the randomness of a step (dropout) depends on its number alone.
-        torch.manual_seed((self.settings.seed << 32) + step)
+        torch.manual_seed(mixed_seed(self.settings.seed, step))
         for group in self._optimizer.param_groups:
             group["lr"] = self.settings.rate_at(step)
         rows = rows_of_step(

@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+
+
+def mixed_seed(seed: int, number: int) -> int:
+    """A seed for the random numbers of one step, pass or batch of a run.
+
+    Mixed, not put together of two halves: PyTorch's generator on a CPU reads the lower 32 bits
+    alone.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:4], "big")
 
 
 def rows_of_step(step: int, batch: int, count: int, seed: int) -> list[int]:
@@ -15,5 +25,5 @@ def rows_of_step(step: int, batch: int, count: int, seed: int) -> list[int]:
 def _order(epoch: int, count: int, seed: int) -> tuple[int, ...]:
     import torch
 
-    generator = torch.Generator().manual_seed((seed << 32) + epoch)
+    generator = torch.Generator().manual_seed(mixed_seed(seed, epoch))
     return tuple(torch.randperm(count, generator=generator).tolist())

@@ -15,6 +15,7 @@ from shortstack.checkpoint import Checkpoint
 from shortstack.disk import disk_errors
 from shortstack.pretrained import load
 from shortstack.progress import OnProgress, silent
+from shortstack.prune.heal.order import mixed_seed
 
 BATCH = {"cpu": 16, "cuda": 256}
 
@@ -45,7 +46,7 @@ def sampled_windows(
     size = batch or BATCH[chosen.type]
     for at in range(0, count, size):
         # a generator for each batch: which windows come does not depend on how many are wanted
-        generator = torch.Generator(chosen).manual_seed((seed << 32) + at)
+        generator = torch.Generator(chosen).manual_seed(mixed_seed(seed, at))
         rows = torch.arange(at, min(count, at + size)) % len(starts)
         made += _continued(model, starts[rows].to(chosen), length, temperature, generator).tolist()
         progress(len(made), count)

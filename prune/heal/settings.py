@@ -12,6 +12,7 @@ from shortstack.errors import ShortstackError, unknown
 LOSSES = ("kl", "ce", "mix", "mse")
 TRAINED = ("all", "lora:RANK", "layers:3,4", "neighbours")
 DTYPES = ("auto", "float32", "bfloat16")
+DEVICES = ("auto", "cpu")
 Loss = Literal["kl", "ce", "mix", "mse"]
 
 
@@ -65,6 +66,8 @@ class HealSettings:
             raise unknown("loss", self.loss, LOSSES)
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
+        if self.device not in DEVICES:
+            raise unknown("device", self.device, DEVICES)
         if not re.fullmatch(r"all|neighbours|lora:[1-9]\d{0,3}|layers:\d+(,\d+)*", self.train):
             raise unknown("choice of what to train", self.train, TRAINED)
         if (self.loss == "mse") != (self.replaces is not None):

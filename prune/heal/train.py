@@ -16,6 +16,7 @@ from shortstack.errors import ShortstackError
 from shortstack.footprint import measured
 from shortstack.manifest import step_key
 from shortstack.progress import OnProgress, silent
+from shortstack.prune.heal.cache import check_cacheable
 from shortstack.prune.heal.loop import Loop
 from shortstack.prune.heal.model import stored_name
 from shortstack.prune.heal.settings import HealSettings
@@ -52,12 +53,9 @@ def heal(
     (of training alone), `wall_s`, `peak_bytes` (CUDA memory, or anonymous
     memory of this process), `history`.
     """
-    if settings.loss != "ce" and teacher is None:
-        raise ShortstackError(
-            f"loss {settings.loss!r} needs the model that was cut. Give it with --teacher, or "
-            "train on text alone with --loss ce."
-        )
-    _check_vocabularies(student, teacher, settings)
+    _check(student, teacher, settings)
+    if cache is not None:
+        check_cacheable(settings)
     key = _key(student, teacher, train_windows, selection_windows, settings)
     with measured() as meter:
         run = Loop(student, teacher, train_windows, selection_windows, settings, note, cache)
@@ -160,9 +158,17 @@ def _key(
     )
 
 
-def _check_vocabularies(
-    student: Checkpoint, teacher: Checkpoint | None, settings: HealSettings
-) -> None:
+def _check(student: Checkpoint, teacher: Checkpoint | None, settings: HealSettings) -> None:
+    if settings.runs_teacher and teacher is None:
+        raise ShortstackError(
+            f"loss {settings.loss!r} needs the model that was cut. Give it with --teacher, or "
+            "train on text alone with --loss ce."
+        )
+    if settings.loss == "kl" and teacher is not None and teacher.sha256 == student.sha256:
+        raise ShortstackError(
+            f"{student.path} is its own teacher, so there is nothing to learn. Name the model that "
+            "was cut with --teacher."
+        )
     sizes = [c.dims["vocab"] for c in (student, teacher) if c is not None]
     if settings.top_k is not None and settings.top_k >= sizes[0]:
         raise ShortstackError(

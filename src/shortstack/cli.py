@@ -33,7 +33,16 @@ Drop = Annotated[
     str, typer.Option(help="How many layers a method shall choose, or which: 11-15,20.")
 ]
 Method = Annotated[
-    str, typer.Option(help="How layers are chosen: docs/methods.md; a wrong name lists them all.")
+    str,
+    typer.Option(
+        help="How layers are chosen: influence, angular, cosine-run, taylor, perplexity, greedy, "
+        "repaired, sub-block, repaired-sub-block, shapley, laco (merges), every, last, random; "
+        "or explicit."
+    ),
+]
+MethodOption = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="Of the method, NAME=VALUE, e.g. screen=0 or protect_last=2."),
 ]
 
 
@@ -73,7 +82,7 @@ def plan(
     text: Text = "spdx",
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 8,
     window_tokens: Annotated[int, typer.Option(min=8, help="Tokens a window.")] = 256,
-    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, e.g. screen=3.")] = None,
+    option: MethodOption = None,
     dry_run: DryRun = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,

@@ -17,7 +17,10 @@ def repair(
     out: Out,
     method: Annotated[
         str,
-        typer.Option(help="auto, folded (no added layer), or one: bias, scale, ..."),
+        typer.Option(
+            help="auto (try all), folded (those that add no layer), or one of bias, scale, "
+            "least-squares, patch, ghost, refit."
+        ),
     ] = "auto",
     text: Text = "spdx",
     windows: Annotated[int, typer.Option(min=4, help="Windows to fit on.")] = 32,

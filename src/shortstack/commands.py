@@ -86,6 +86,7 @@ def plan(
             raise ShortstackError(
                 f"{out} exists and is no plan: it is not overwritten. Name another file."
             ) from None
+    prune.check_options(choice.method, choice.options)
     preview = preview_model(model)
     if preview is not None:
         forecast.preview_cut(preview.checkpoint, choice)

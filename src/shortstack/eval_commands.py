@@ -16,6 +16,7 @@ from shortstack.evaluate import agreement
 from shortstack.evaluate.run import Examinee
 from shortstack.evaluate.sets import SetSpec, distinct
 from shortstack.evaluate.targets import PYTORCH, Loading, Target, target_of
+from shortstack.evaluate.torch_scorer import check_loading
 from shortstack.manifest import check_apart, read_manifest, write_text
 from shortstack.progress import Display, OnProgress
 from shortstack.run_folder import RunFolder
@@ -51,6 +52,8 @@ def evaluate(
         first = None if against is None else _Wanted(against, "", tokenizer)
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         targets = _targets(stack, found, first, out, display)
+        if any(target.runtime == PYTORCH for target in targets):
+            check_loading(loading.device, loading.dtype)
         folder = stack.enter_context(RunFolder.claim(out, facts, display))
         data = _evaluated(folder, targets, against is not None, sets, loading, seed)
         write_text(out / "eval.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")

@@ -127,10 +127,11 @@ def streamline_model(
 ) -> dict[str, Any]:
     """Put one trained layer in the place of a run; `out` becomes a Hugging Face folder."""
     require(("torch", "transformers", "accelerate"), "heal", "LLM-Streamline")
-    from shortstack.prune.streamline import plan_run, streamline
+    from shortstack.prune.streamline import check_choice, plan_run, streamline
 
     check_ours(out, "streamline")
     original = _folder(model)
+    check_choice(original, drop, objective, replacement)
     check_apart(out, [original.path])
     train, selection = windows_for(original, text, settings)
     inputs = {
@@ -245,6 +246,7 @@ def _folder(model: str) -> Checkpoint:
     kind, target = resolve(model)
     if kind != "folder":
         raise ShortstackError(
-            f"{model} is no Hugging Face folder: training needs one. Run: shortstack prune"
+            f"{model} is no Hugging Face folder: training needs one. Make one of it with "
+            "shortstack prune MODEL --drop LAYERS -o FOLDER."
         )
     return Checkpoint.open(Path(target))

@@ -147,10 +147,19 @@ def print_facts(data: Mapping[str, Any], quiet: bool) -> None:
         return
     console = Console(highlight=False, soft_wrap=True)
     for name, value in data.items():
-        if isinstance(value, Mapping):
-            continue
-        words = megabytes(value) if name.endswith("_bytes") else str(value)
-        console.print(f"{name}: {words}", markup=False)
+        if value is not None and not _nested(value):
+            words = megabytes(value) if name.endswith("_bytes") else _words(value)
+            console.print(f"{name}: {words}", markup=False)
+
+
+def _nested(value: Any) -> bool:
+    """Facts within a fact, or a list of them, such as every step of a training."""
+    first = value[0] if isinstance(value, list | tuple) and value else value
+    return isinstance(first, Mapping)
+
+
+def _words(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def print_findings(findings: Sequence[Finding]) -> None:

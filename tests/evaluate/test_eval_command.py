@@ -209,6 +209,10 @@ def test_what_is_no_model_or_no_set_is_refused(
     assert "nothing to evaluate on" in bad(capsys, tiny, *out)
     assert "is no model" in bad(capsys, rows["choice"], *choice, *out)
     assert "does not open" in bad(capsys, tiny, *choice, *out, "--runtime", "llama.cpp")
+    for option, wrong in (("--device", "tpu"), ("--device", "cuda:99"), ("--dtype", "int4")):
+        told = bad(capsys, tiny, *choice, *out, option, wrong)
+        assert wrong in told or "no GPU here" in told
+    assert not (tmp_path / "out").exists()
     assert "unknown runtime" in bad(capsys, tiny, *choice, *out, "--runtime", "lama.cpp")
     assert "no file" in bad(capsys, tiny, "--choice", tmp_path / "none.jsonl", *out)
     assert "two sets are named" in bad(capsys, tiny, *choice, *choice, *out)

@@ -128,9 +128,20 @@ def test_a_folder_of_tasks_of_ones_own_takes_the_place_of_ours() -> None:
     assert with_tasks(["ls", "tasks"]) == ["ls", "tasks"]
 
 
-def test_what_is_no_model_is_refused_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("model_args", "task", "said"),
+    [
+        ("path=TMP", "shortstack_choice", "is no model"),
+        ("path=TMP,dtipe=float32", "shortstack_choice", "Did you mean 'dtype'?"),
+        ("threads=1", "shortstack_choice", "--model_args path=MODEL"),
+        ("path=TMP", "shortstack_chioce", "Tasks not found: shortstack_chioce"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_refused_in_one_line(
+    model_args: str, task: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--model", "shortstack", "--model_args", f"path={tmp_path}", "--tasks"]
-    assert main(["lm-eval", *words, "shortstack_choice"]) == 2
-    assert "is no model" in capsys.readouterr().err
+    given = model_args.replace("TMP", str(tmp_path))
+    words = ["--model", "shortstack", "--model_args", given, "--tasks"]
+    assert main(["lm-eval", *words, task]) == 2
+    (line,) = [ln for ln in capsys.readouterr().err.splitlines() if ln.startswith("shortstack: ")]
+    assert said in line

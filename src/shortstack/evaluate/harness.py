@@ -16,7 +16,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from shortstack.errors import ShortstackError
+from shortstack.errors import ShortstackError, unknown
 from shortstack.evaluate.codec import encode_pair, with_prefix
 from shortstack.evaluate.scorer import Stop
 from shortstack.evaluate.targets import Loading, target_of
@@ -26,13 +26,19 @@ MAX_ANSWER_TOKENS = 256
 """Where a task does not say: what lm-evaluation-harness itself takes."""
 
 
+MODEL_ARGS = (
+    *("path", "runtime", "threads", "context", "device", "dtype", "tokenizer"),
+    "batch_tokens",
+)
+
+
 @register_model("shortstack")
 class ShortstackLM(TemplateLM):  # type: ignore[misc]  # lm_eval ships no types
     """A checkpoint, a GGUF file, an ONNX folder or a folder of an export, in its own runtime."""
 
     def __init__(
         self,
-        path: str,
+        path: str = "",
         runtime: str = "",
         threads: int = 1,
         context: int = 2048,
@@ -42,11 +48,16 @@ class ShortstackLM(TemplateLM):  # type: ignore[misc]  # lm_eval ships no types
         batch_tokens: int | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
+        **others: object,
     ) -> None:
         """`batch_size` and `max_batch_size` come from the harness and change nothing: rows are
         batched by tokens. `device`: its own default is cuda:0, which means the CPU where there is
         no GPU, as for its model `hf`. Raises ShortstackError for what cannot be opened."""
         super().__init__()
+        if others:
+            raise unknown("model argument", min(others), MODEL_ARGS)
+        if not path:
+            raise ShortstackError("no model is named. Give it: --model_args path=MODEL")
         place = None if tokenizer is None else Path(tokenizer)
         self._target = target_of(Path(path), runtime=runtime, tokenizer=place)
         self._codec = self._target.codec()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from shortstack.errors import require
+from shortstack.errors import ShortstackError, require
 
 TASKS = Path(__file__).parent / "tasks"
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -29,6 +29,10 @@ def run(arguments: Sequence[str]) -> None:
     sys.argv = ["lm_eval", *with_tasks(arguments)]
     try:
         cli_evaluate()
+    except ValueError as error:
+        if not str(error).startswith("Tasks not found"):
+            raise
+        raise ShortstackError(f"{error}. See: shortstack lm-eval ls tasks") from None
     finally:
         sys.argv = before
 

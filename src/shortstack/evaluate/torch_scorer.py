@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +62,6 @@ class TorchScorer:
         require(("torch", "transformers"), "prune", "scoring a checkpoint")
         import torch
 
-        if dtype not in DTYPES:
-            raise unknown("dtype", dtype, DTYPES)
         if threads is not None:
             torch.set_num_threads(threads)
         self._model = _opened(source, device, dtype)
@@ -346,6 +345,27 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     return min(len(one), len(other))
 
 
+def check_loading(device: str, dtype: str) -> None:
+    """Raise ShortstackError for a device that is not here and a dtype that we do not open."""
+    require(("torch", "transformers"), "prune", "scoring a checkpoint")
+    import torch
+
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise unknown("device", device, ("cpu", "cuda", "cuda:1"))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.startswith("cuda") and not count:
+        raise ShortstackError(
+            "PyTorch sees no GPU here. Use --device cpu, or run: shortstack doctor"
+        )
+    if int(device.partition(":")[2] or 0) >= max(1, count):
+        raise ShortstackError(
+            f"there is no device {device!r}: PyTorch sees {count} GPUs, counted from 0. "
+            "Choose another --device."
+        )
+
+
 def _opened(source: Any, device: str, dtype: str) -> Any:
     import torch
 
@@ -353,10 +373,7 @@ def _opened(source: Any, device: str, dtype: str) -> Any:
 
     if not isinstance(source, str | os.PathLike | Checkpoint):
         return source
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ShortstackError(
-            "PyTorch sees no GPU here. Use --device cpu, or run: shortstack doctor"
-        )
+    check_loading(device, dtype)
     path = source.path if isinstance(source, Checkpoint) else Path(source)
     return load(path, getattr(torch, dtype)).to(device)
 

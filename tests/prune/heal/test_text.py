@@ -16,6 +16,7 @@ from shortstack.errors import ShortstackError
 from shortstack.heal_commands import HealText, windows_for
 from shortstack.pretrained import load
 from shortstack.prune.heal.data import mix, packed_windows, read_documents
+from shortstack.prune.heal.order import rows_of_step
 from shortstack.prune.heal.sample import kept_windows, sampled_windows
 from shortstack.prune.heal.train import heal
 
@@ -103,6 +104,17 @@ def test_a_cache_gives_what_the_teacher_gives(
         heal(cut, original, *windows, tmp_path, chosen, cache=tmp_path / "live")
 
 
+def test_every_seed_has_an_order_of_its_own_and_reads_all() -> None:
+    def passes(seed: int) -> tuple[tuple[int, ...], ...]:
+        rows = [row for step in range(8) for row in rows_of_step(step, 4, 16, seed)]
+        return tuple(rows[:16]), tuple(rows[16:])
+
+    orders = [order for seed in (0, 1, 2, -1, 1 << 32) for order in passes(seed)]
+    assert len(set(orders)) == len(orders)
+    assert all(sorted(order) == list(range(16)) for order in orders)
+    assert passes(1) == passes(1)
+
+
 def test_text_from_the_teacher(original: Checkpoint) -> None:
     starts = [[1, 5, 9], [1, 7, 3]]
     made = sampled_windows(original, starts, LENGTH, 5, batch=4, device="cpu")
@@ -110,6 +122,8 @@ def test_text_from_the_teacher(original: Checkpoint) -> None:
     assert {len(window) for window in made} == {LENGTH}
     assert made[:4] == sampled_windows(original, starts, LENGTH, 4, batch=4, device="cpu")
     assert made[0] != made[2]
+    other = sampled_windows(original, starts, LENGTH, 4, batch=4, device="cpu", seed=1)
+    assert all(mine != theirs for mine, theirs in zip(made, other, strict=False))
     tokens = torch.tensor(made)
     with torch.no_grad():
         loss = load(original.path, torch.float32)(tokens, labels=tokens).loss.item()

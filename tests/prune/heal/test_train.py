@@ -154,6 +154,7 @@ def test_out_of_memory_halves_the_batch_once(
         ({"loss": "huber"}, "huber"),
         ({"loss": "ce", "learning_rate": math.nan}, "learning_rate"),
         ({"loss": "ce", "tokens": -1}, "tokens is -1"),
+        ({"loss": "ce", "device": "tpu"}, "unknown device 'tpu'"),
     ],
 )
 def test_what_cannot_be_done_is_refused(
@@ -161,6 +162,16 @@ def test_what_cannot_be_done_is_refused(
 ) -> None:
     with pytest.raises(ShortstackError, match=said):
         heal(cut, None, *windows, tmp_path, settings(**changed))
+
+
+def test_a_run_that_could_learn_nothing_is_refused(
+    cut: Checkpoint, original: Checkpoint, windows: Windows, tmp_path: Path
+) -> None:
+    with pytest.raises(ShortstackError, match="its own teacher"):
+        heal(cut, cut, *windows, tmp_path, settings())
+    with pytest.raises(ShortstackError, match="--top-k"):
+        heal(cut, original, *windows, tmp_path, settings(loss="ce"), cache=tmp_path / "cache")
+    assert not list(tmp_path.iterdir())
 
 
 def test_too_little_text_is_refused(
