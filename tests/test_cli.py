@@ -496,3 +496,6 @@ def test_an_option_of_a_method_is_told_and_a_wrong_one_refused(
     wrong = [*words, "--method", "random", "--option", "sed=3", "-o", str(tmp_path / "other.json")]
     assert main(wrong) == 2
     assert "Did you mean 'seed'?" in capsys.readouterr().err
+    odd = [*words, "--method", "random", "--option", "seed=[", "-o", str(tmp_path / "other.json")]
+    assert main(odd) == 2
+    assert not (tmp_path / "other.json").exists()

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from shortstack import forecast, prune, reporting, steps
 from shortstack.artifact import Artifact
 from shortstack.certify import make_reference, require_pytorch
@@ -55,9 +53,18 @@ def split_option(text: str) -> tuple[str, str]:
     return name, value
 
 
-def typed_options(texts: Sequence[str]) -> dict[str, Any]:
-    """`screen=3` as a recipe would read it: a number stays a number."""
-    return {name: yaml.safe_load(value) for name, value in map(split_option, texts)}
+def typed_options(texts: Sequence[str]) -> dict[str, bool | int | float | str]:
+    """Options as a recipe would have them: `screen=3` is a number, `dtype=float32` a word."""
+    return {name: _typed(value) for name, value in map(split_option, texts)}
+
+
+def _typed(value: str) -> bool | int | float | str:
+    if value in ("true", "false"):
+        return value == "true"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    return value
 
 
 @contextlib.contextmanager
