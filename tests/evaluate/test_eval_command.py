@@ -56,6 +56,7 @@ def test_artifacts_agree_with_their_checkpoint_and_a_cut_does_not(compared: Path
     runtimes = [model["runtime"] for model in data["models"]]
     assert runtimes == ["pytorch", "llama.cpp", "onnxruntime", "pytorch"]
     text = by_model(data, "licence-text")
+    words = by_model(data, "licence-generation")
     choice = by_model(data, "licence-choice")
     for artifact in labels[1:3]:
         assert text[artifact]["against"]["kl_nats"]["estimate"] < 1e-3
@@ -63,6 +64,7 @@ def test_artifacts_agree_with_their_checkpoint_and_a_cut_does_not(compared: Path
         assert text[artifact]["against"]["ratio"]["estimate"] == pytest.approx(1, abs=1e-3)
         assert choice[artifact]["against"]["difference"]["estimate"] == 0
         assert choice[artifact]["against"]["stability"] == pytest.approx(1)
+        assert words[artifact]["rows"] == words["tiny"]["rows"]
     assert text["cut"]["against"]["kl_nats"]["estimate"] > 0.01
     assert text["cut"]["against"]["ratio"]["low"] > 1
     assert "against" not in text["tiny"]
@@ -86,6 +88,7 @@ def test_every_accuracy_has_n_chance_and_interval(compared: Path) -> None:
     assert "macro_f1" not in by_model(data, "licence-choice")["tiny"]["summary"]
     words = (compared / "eval.md").read_text(encoding="utf-8")
     assert "n = 12, chance 0.333" in words
+    assert "licence-generation (n = 12, chance 0.000)" in words
     assert not list(compared.glob(".reference*"))
 
 

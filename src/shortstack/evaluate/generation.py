@@ -1,10 +1,15 @@
-"""Short answers by greedy generation, right where they match."""
+"""Short answers and last words by greedy generation, right where they match.
+
+A last word is LAMBADA's task (Paperno et al. 2016, arXiv:1606.06031): a passage without its last
+word, which a reader of the whole passage guesses and a reader of the last sentence does not.
+"""
 
 from __future__ import annotations
 
 import re
 import string
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,13 +90,10 @@ def score(
 ) -> list[Row]:
     """Generate an answer for each row; `right` by the set's metric."""
     prompts = subset(open_prompts(spec.path), spec.limit, seed)
-    long = spec.metric == "last_number"  # a chain of thought has lines
+    ended = _ended(prompts, spec.metric)
 
     def stop(ids: list[int]) -> bool:
-        if ids[-1] == codec.end:
-            return True
-        words = codec.decode(ids)
-        return any(mark in words for mark in STOPS) or (not long and "\n" in words.lstrip())
+        return ids[-1] == codec.end or ended(codec.decode(ids))
 
     encoded = [with_prefix(codec, prompt.prompt) for prompt in prompts]
     answers = scorer.generate(encoded, spec.max_tokens, stop, progress)
@@ -99,24 +101,49 @@ def score(
     for prompt, ids in zip(prompts, answers, strict=True):
         said = codec.decode([token for token in ids if token != codec.end])
         right = is_right(said, prompt, spec.metric)
+        if prompt.word and spec.metric == "exact_match":
+            said = _first_word(said)  # how far beyond it a runtime went is not its answer
         rows.append({"id": prompt.id, "answer": prompt.answer, "said": said, "right": right})
     return rows
 
 
+def _ended(prompts: Sequence[Prompt], metric: str) -> Callable[[str], bool]:
+    """Whether an answer holds all that will be looked at."""
+    if metric == "last_number":  # a chain of thought has lines
+        return lambda said: any(mark in said for mark in STOPS)
+    if all(prompt.word for prompt in prompts):
+        return lambda said: re.search(r"\S\s", said) is not None
+    return lambda said: "\n" in said.lstrip() or any(mark in said for mark in STOPS)
+
+
 def is_right(said: str, prompt: Prompt, metric: str) -> bool:
-    """`exact_match`: the first line (or word, where one is wanted) is the answer, but for case,
-    punctuation and articles. `last_number`: the last number said is the answer's."""
+    """`exact_match`: the first line is the answer, but for case, punctuation and articles; where
+    a word is wanted, the first word is, but for case and punctuation. `last_number`: the last
+    number said is the answer's."""
     if metric == "last_number":
         return _last_number(_cut(said)) == _last_number(prompt.answer) is not None
     if prompt.word:
-        said = (said.split() or [""])[0]
+        return _bare(_first_word(said)) == _bare(prompt.answer) != ""
     return plain(said.strip().split("\n")[0]) == plain(prompt.answer)
 
 
 def plain(text: str) -> str:
-    """Lower case, without articles and punctuation, single spaces (the rule of SQuAD)."""
-    kept = "".join(char for char in text.lower() if char not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
+    """Lower case, without articles and punctuation, single spaces (SQuAD's rule, whose
+    punctuation is ASCII's)."""
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", _bare(text)).split())
+
+
+def _bare(text: str) -> str:
+    """Lower case, without punctuation: the quotation marks and dashes of books, too."""
+    return "".join(
+        char
+        for char in text.lower()
+        if char not in string.punctuation and not unicodedata.category(char).startswith("P")
+    )
+
+
+def _first_word(said: str) -> str:
+    return (said.split() or [""])[0]
 
 
 def _cut(said: str) -> str:
@@ -130,8 +157,9 @@ def _last_number(text: str) -> float | None:
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """The share of right rows with Wilson's interval. Chance is 0: any text may be generated."""
     share = metrics.wilson(sum(row["right"] for row in rows), len(rows))
-    return {"n": len(rows), **{name: share.to_dict() for name in METRICS}}
+    return {"n": len(rows), "chance": 0.0, **{name: share.to_dict() for name in METRICS}}
 
 
 def compare(original: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]:
