@@ -8,17 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shortstack.errors import ShortstackError
+from shortstack.prune.heal.settings import HealSettings
 from shortstack.text import PARTS, Corpus, open_corpus
+from shortstack.tokens import Encoder
 
 SPLITS = {"calibration": "train", "selection": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
 class Documents:
-    """What healing may learn from and what it is chosen on; no document is in both."""
+    """What healing may learn from, what it is chosen on and what it must not see; no document is
+    in two of them."""
 
     train: tuple[str, ...]
     selection: tuple[str, ...]
+    test: tuple[str, ...]
 
 
 def read_documents(sources: Sequence[str]) -> Documents:
@@ -36,7 +40,56 @@ def read_documents(sources: Sequence[str]) -> Documents:
                 f"{' and '.join(sources)} share {len(shared)} documents between {first} and "
                 f"{second} text. Remove them from one file."
             )
-    return Documents(parts["calibration"], parts["selection"])
+    return Documents(parts["calibration"], parts["selection"], parts["test"])
+
+
+def healing_windows(
+    own: Documents,
+    general: Documents | None,
+    encoder: Encoder,
+    settings: HealSettings,
+    *,
+    share: float,
+    selection_windows: int,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Windows to train on, `share` of them general, and those to choose the best state on: half
+    of them general, where that text has a selection part.
+
+    Raises ShortstackError for a text without a single window, and for a document that is to be
+    learnt from in one text and is chosen or reported on in the other.
+    """
+
+    def cut(documents: Sequence[str], what: str) -> list[list[int]]:
+        inner = settings.window_tokens - len(encoder.prefix)
+        windows = packed_windows(documents, encoder.encode, inner)
+        if not windows:
+            raise ShortstackError(
+                f"the {what} text holds no {settings.window_tokens} tokens. Give more text or ask "
+                "for shorter windows."
+            )
+        return [[*encoder.prefix, *window] for window in windows]
+
+    if general is not None:
+        _check_disjoint(own, general)
+    train, selection = cut(own.train, "training"), cut(own.selection, "selection")
+    if general is None:
+        return train, selection[:selection_windows]
+    wanted = settings.steps * settings.batch_windows
+    train = mix(train, cut(general.train, "general training"), share, wanted)
+    if not general.selection:
+        return train, selection[:selection_windows]
+    half = max(1, selection_windows // 2)
+    return train, [*selection[:half], *cut(general.selection, "general selection")[:half]]
+
+
+def _check_disjoint(own: Documents, general: Documents) -> None:
+    shared = set(own.train) & {*general.selection, *general.test}
+    shared |= set(general.train) & {*own.selection, *own.test}
+    if shared:
+        raise ShortstackError(
+            f"your text and the general text share {len(shared)} documents between training and "
+            "selection or test: a leak. Remove them from one file."
+        )
 
 
 def packed_windows(

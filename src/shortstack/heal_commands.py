@@ -8,7 +8,7 @@ import functools
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from shortstack.errors import ShortstackError, require
 from shortstack.intake import resolve
 from shortstack.manifest import check_apart, check_ours, finished, staged, step_key, write_manifest
 from shortstack.progress import Display
-from shortstack.prune.heal.data import Documents, mix, packed_windows, read_documents
+from shortstack.prune.heal.data import healing_windows, read_documents
 from shortstack.prune.heal.settings import HealSettings
 from shortstack.tokens import Encoder
 
@@ -207,39 +207,15 @@ def windows_for(
     checkpoint: Checkpoint, text: HealText, settings: HealSettings
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Training and selection windows. Raises ShortstackError where the text is too short."""
-    encoder = Encoder(checkpoint)
-    inner = settings.window_tokens - len(encoder.prefix)
-    wanted = settings.steps * settings.batch_windows
-    own, general = read_documents(text.own), None
-    if text.general:
-        general = read_documents(text.general)
-        _check_disjoint(own, general)
-
-    def cut(documents: Sequence[str], what: str) -> list[list[int]]:
-        windows = packed_windows(documents, encoder.encode, inner)
-        if not windows:
-            raise ShortstackError(
-                f"the {what} text holds no {settings.window_tokens} tokens. Give more text or ask "
-                "for shorter windows."
-            )
-        return [[*encoder.prefix, *window] for window in windows]
-
-    train, selection = cut(own.train, "training"), cut(own.selection, "selection")
-    if general is None:
-        return train[:wanted], selection[: text.selection_windows]
-    train = mix(train, cut(general.train, "general training"), text.share, wanted)
-    other = cut(general.selection, "general selection")
-    half = max(1, text.selection_windows // 2)
-    return train, [*selection[:half], *other[:half]]
-
-
-def _check_disjoint(own: Documents, general: Documents) -> None:
-    shared = (set(own.train) & set(general.selection)) | (set(general.train) & set(own.selection))
-    if shared:
-        raise ShortstackError(
-            f"your text and the general text share {len(shared)} documents between training and "
-            "selection. Remove them from one file."
-        )
+    train, selection = healing_windows(
+        read_documents(text.own),
+        read_documents(text.general) if text.general else None,
+        Encoder(checkpoint),
+        settings,
+        share=text.share,
+        selection_windows=text.selection_windows,
+    )
+    return train[: settings.steps * settings.batch_windows], selection
 
 
 def _folder(model: str) -> Checkpoint:

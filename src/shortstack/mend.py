@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ def check_text(recipe: Recipe, original: Checkpoint, corpus: Corpus) -> None:
     if recipe.repair is not None:
         _repair_windows(recipe.repair, original, corpus)
     if recipe.heal is not None:
-        _heal_windows(recipe.heal, original, corpus)
+        _heal_windows(recipe.heal, recipe.seed, original, corpus)
 
 
 def mended(
@@ -99,7 +98,7 @@ def _heal(
     """A killed run goes on from what it saved here."""
 
     def make(partial: Path, progress: OnProgress) -> dict[str, Any]:
-        train, selection = _heal_windows(choice, cut, corpus)
+        train, selection = _heal_windows(choice, recipe.seed, cut, corpus)
         settings = _settings(choice, recipe.seed)
         _, facts = heal(
             *(cut, original, train, selection, partial, settings),
@@ -144,32 +143,17 @@ def _repair_windows(
 
 
 def _heal_windows(
-    choice: HealRecipe, checkpoint: Checkpoint, corpus: Corpus
+    choice: HealRecipe, seed: int, checkpoint: Checkpoint, corpus: Corpus
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Windows to train on, the user's and general text mixed, and those to choose the best on."""
-    from shortstack.prune.heal.data import mix, packed_windows
+    from shortstack.prune.heal.data import Documents, healing_windows
 
-    encoder, length = Encoder(checkpoint), choice.window_tokens
-
-    def cut(documents: Sequence[str]) -> list[list[int]]:
-        inner = length - len(encoder.prefix)
-        windows = packed_windows(documents, encoder.encode, inner)
-        if not windows:
-            raise ShortstackError(
-                f"heal: the text holds no {length} tokens. Give more text or a smaller "
-                "window_tokens."
-            )
-        return [[*encoder.prefix, *window] for window in windows]
-
-    train, selection = cut(corpus.calibration), cut(corpus.selection)[:SELECTION_WINDOWS]
+    own, general = Documents(corpus.calibration, corpus.selection, corpus.test), None
     if choice.general is not None:
-        other = open_corpus(choice.general)
-        shared = set(other.calibration) & {*corpus.selection, *corpus.test}
-        if shared:
-            raise ShortstackError(
-                f"heal.general shares {len(shared)} documents with the selection or test part of "
-                "text: a leak. Remove them from one file."
-            )
-        wanted = max(1, choice.tokens // length)
-        train = mix(train, cut(other.calibration), choice.share, wanted)
-    return train, selection
+        # the best state is the best on the user's text: general text is only learnt from
+        general = Documents(open_corpus(choice.general).calibration, (), ())
+    return healing_windows(
+        *(own, general, Encoder(checkpoint), _settings(choice, seed)),
+        share=choice.share,
+        selection_windows=SELECTION_WINDOWS,
+    )

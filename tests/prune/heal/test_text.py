@@ -66,9 +66,10 @@ def test_leaks_are_refused(tmp_path: Path, cut: Checkpoint) -> None:
     text = HealText((str(own),), (str(general),), selection_windows=2)
     train, selection = windows_for(cut, text, settings())
     assert not {tuple(w) for w in train} & {tuple(w) for w in selection}
-    rows(general / "train.jsonl", ["own chosen " + "word " * 99])
-    with pytest.raises(ShortstackError, match="share 1 documents"):
-        windows_for(cut, text, settings())
+    for leaked in ("chosen", "reported"):
+        rows(general / "train.jsonl", [f"own {leaked} " + "word " * 99])
+        with pytest.raises(ShortstackError, match="share 1 documents"):
+            windows_for(cut, text, settings())
     rows(own / "train.jsonl", ["own chosen " + "word " * 99])
     with pytest.raises(ShortstackError, match="share 1 documents"):
         windows_for(cut, HealText((str(own),)), settings())
