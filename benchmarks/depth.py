@@ -40,6 +40,10 @@ from shortstack.tokens import Encoder
 LENGTH = 512
 CALIBRATION = (16, 256)
 """Windows and tokens on which layers are chosen."""
+BEGINNING = 32
+"""Tokens of training text that the full model goes on from."""
+GPU_BATCH = 1536
+"""Windows sampled at once: a small model leaves a GPU idle with fewer."""
 GENERAL = ("legal/contracts_text", "general/tinyshakespeare", "finance/finqa", "general/gsm8k")
 CHOICES = ("science/arc_easy", "general/piqa", "general/hellaswag")
 UNSEEN = "general/lambada"
@@ -72,30 +76,22 @@ def windows(checkpoint: Checkpoint, texts: list[str], length: int = LENGTH) -> l
     return packed_windows(texts, Encoder(checkpoint).encode, length)
 
 
-def sample(checkpoint: Checkpoint, prefixes: list[list[int]], device: str) -> list[list[int]]:
-    """Let the full model go on from the beginnings of training text, at temperature 1."""
-    import torch
+def sample(
+    asked: argparse.Namespace, original: Checkpoint, device: str, number: int, of: int
+) -> None:
+    """Write this process's share of what the full model makes of beginnings of training text."""
+    from shortstack.prune.heal.sample import sampled_windows
 
-    from shortstack.pretrained import load
-
-    model = load(checkpoint.path, torch.bfloat16).to(device)
-    found: list[list[int]] = []
-    torch.manual_seed(len(prefixes))
-    with torch.inference_mode():
-        for batch in torch.tensor(prefixes).split(1536):
-            made = model.generate(
-                batch.to(device),
-                attention_mask=torch.ones_like(batch).to(device),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                min_new_tokens=LENGTH - batch.shape[1],
-                max_new_tokens=LENGTH - batch.shape[1],
-                pad_token_id=0,
-            )
-            found += made.cpu().tolist()
-    return found
+    texts = parts(asked.data)
+    beginnings = windows(original, texts["own"], BEGINNING) + windows(
+        original, texts["general"], BEGINNING
+    )
+    random.Random(1).shuffle(beginnings)
+    places = range(number, asked.sampled // LENGTH, of)
+    mine = [beginnings[at % len(beginnings)] for at in places]
+    batch = GPU_BATCH if device == "cuda" else None
+    made = sampled_windows(original, mine, LENGTH, len(mine), seed=number, batch=batch)
+    save_file({"tokens": np.array(made, np.int32)}, asked.out / f"sampled-{number}.safetensors")
 
 
 def training_windows(asked: argparse.Namespace, checkpoint: Checkpoint) -> list[list[int]]:
@@ -338,14 +334,7 @@ def run_task(asked: argparse.Namespace) -> None:
     elif kind == "full":
         _write(asked.out / "full.json", score(original, asked, device))
     else:
-        number, of = map(int, words)
-        texts = parts(asked.data)
-        beginnings = windows(original, texts["own"], 32) + windows(original, texts["general"], 32)
-        random.Random(1).shuffle(beginnings)
-        count = asked.sampled // LENGTH
-        mine = [beginnings[at % len(beginnings)] for at in range(number, count, of)]
-        tokens = np.array(sample(original, mine, device), np.int32)
-        save_file({"tokens": tokens}, asked.out / f"sampled-{number}.safetensors")
+        sample(asked, original, device, *map(int, words))
 
 
 if __name__ == "__main__":

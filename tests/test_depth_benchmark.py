@@ -1,0 +1,48 @@
+"""The benchmark of depth samples text as healing does, and finds it again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from benchmarks.depth import BEGINNING, GENERAL, LENGTH, main, windows
+from safetensors.numpy import load_file
+
+from shortstack.checkpoint import Checkpoint
+from shortstack.prune.heal.sample import sampled_windows
+
+
+def write(file: Path, texts: list[str]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+
+def test_two_processes_share_the_sampling(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    texts = [f"Article {at}: " + "the licence of this work permits " * 20 for at in range(4)]
+    write(data / "general/wikitext2/validation.jsonl", texts)
+    for at, name in enumerate(GENERAL):
+        write(data / name / "train.jsonl", [f"Other {at}: " + "you may copy the software " * 20])
+    out.mkdir()
+    (out / "model").symlink_to(tiny)
+    words = ["depth", str(tiny), "--data", str(data), "--out", str(out)]
+    for number in ("0", "1"):
+        task = ["--sampled", str(5 * LENGTH), "--task", "sample", number, "2"]
+        monkeypatch.setattr(sys, "argv", [*words, *task])
+        main()
+    made = [load_file(out / f"sampled-{at}.safetensors")["tokens"] for at in (0, 1)]
+    assert [tokens.shape for tokens in made] == [(3, LENGTH), (2, LENGTH)]
+    original = Checkpoint.open(tiny)
+    known = [tuple(row) for text in texts for row in windows(original, [text], BEGINNING)]
+    starts = {tuple(row[:BEGINNING].tolist()) for tokens in made for row in tokens}
+    assert starts & set(known)
+    assert len(starts) == 5  # no window begins like another
+    # the share of a process is what the teacher of healing would write with that seed
+    for seed, tokens in enumerate(made):
+        mine = tokens[:, :BEGINNING].tolist()
+        again = sampled_windows(original, mine, LENGTH, len(mine), seed=seed, device="cpu")
+        assert tokens.tolist() == again
