@@ -10,7 +10,7 @@ from shortstack.progress import OnProgress, silent
 from shortstack.prune.climb import Cut, climb, whole
 from shortstack.prune.plan import PrunePlan, Removal
 from shortstack.prune.protect import candidates
-from shortstack.prune.search import Search, check_screen, greedy_search, layer_scores, path_facts
+from shortstack.prune.search import Search, check_screen, greedy_search, plan_of_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,10 +45,7 @@ def greedy(
     assert isinstance(drop, int)
     pieces = [whole(index) for index in free]
     found, facts = search_by_loss(checkpoint, pieces, drop, windows, screen, dtype, progress)
-    facts["path"] = path_facts(found, lambda piece: min(piece)[0])
-    scores = layer_scores(found, checkpoint.n_layers)
-    dropped = tuple(sorted({layer for layer, _ in found.cut}))
-    return PrunePlan(checkpoint.n_layers, dropped, "greedy", scores, facts)
+    return plan_of_layers(found, checkpoint.n_layers, "greedy", facts)
 
 
 def search_by_loss(

@@ -13,7 +13,7 @@ from shortstack.prune.climb import Cut, climb, whole
 from shortstack.prune.greedy import SCREEN, first_look, scout_of
 from shortstack.prune.plan import PrunePlan, Removal
 from shortstack.prune.protect import candidates
-from shortstack.prune.search import Search, check_screen, greedy_search, layer_scores, path_facts
+from shortstack.prune.search import Search, check_screen, greedy_search, plan_of_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,10 +48,7 @@ def repaired(
     found, facts = search_repaired(
         checkpoint, pieces, drop, windows, screen, repair, dtype, progress
     )
-    facts["path"] = path_facts(found, lambda piece: min(piece)[0])
-    scores = layer_scores(found, checkpoint.n_layers)
-    dropped = tuple(sorted({layer for layer, _ in found.cut}))
-    return PrunePlan(checkpoint.n_layers, dropped, "repaired", scores, facts)
+    return plan_of_layers(found, checkpoint.n_layers, "repaired", facts)
 
 
 def search_repaired(

@@ -9,6 +9,7 @@ from typing import Any
 
 from shortstack.errors import ShortstackError
 from shortstack.prune.climb import Cut
+from shortstack.prune.plan import PrunePlan
 
 Evaluate = Callable[[list[Cut]], list[float]]
 """How bad the model is under each cut; lower is better, all in one unit."""
@@ -89,7 +90,16 @@ def path_facts(search: Search, name: Callable[[Cut], Any]) -> list[dict[str, Any
     return [{"drop": name(piece), "score": score} for piece, score in search.path]
 
 
-def layer_scores(search: Search, n_layers: int) -> tuple[float | None, ...]:
-    """The latest known harm of each layer, where the pieces are layers; None if it has none."""
+def plan_of_layers(
+    search: Search, n_layers: int, method: str, facts: Mapping[str, Any]
+) -> PrunePlan:
+    """The plan of a search whose pieces are layers, its path among the facts. Scores: the latest
+    known harm of each layer; None if it has none."""
     harm = {min(piece)[0]: score for piece, score in search.harm.items() if math.isfinite(score)}
-    return tuple(harm.get(index) for index in range(n_layers))
+    return PrunePlan(
+        n_layers,
+        tuple(sorted({layer for layer, _ in search.cut})),
+        method,
+        tuple(harm.get(index) for index in range(n_layers)),
+        {**facts, "path": path_facts(search, lambda piece: min(piece)[0])},
+    )
