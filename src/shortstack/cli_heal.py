@@ -10,22 +10,37 @@ import typer
 from shortstack.cli_shared import JsonOption, Out, QuietOption, answer, user_errors
 
 TrainText = Annotated[
-    list[str], typer.Option(help="Your text: a file, or a folder with train and validation files.")
+    list[str], typer.Option(help="Your text: a file, spdx, or a folder with splits.")
 ]
+General = Annotated[list[str] | None, typer.Option(help="General text, mixed in.")]
+Share = Annotated[float, typer.Option(min=0, max=1, help="Share of general text.")]
+Rate = Annotated[float, typer.Option(help="Highest learning rate.")]
+WindowTokens = Annotated[int, typer.Option(min=8, help="Tokens a window.")]
+BatchWindows = Annotated[int, typer.Option(min=1, help="Windows a step.")]
+MicroWindows = Annotated[int | None, typer.Option(min=1, help="Windows run at once.")]
+SelectionWindows = Annotated[
+    int, typer.Option(min=1, help="Windows of other text that choose the state that is kept.")
+]
+EvalSteps = Annotated[
+    int | None, typer.Option(min=1, help="Steps between such choices; default: a tenth.")
+]
+SaveSteps = Annotated[
+    int | None, typer.Option(min=1, help="Steps between states; default: two minutes.")
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16 (autocast).")]
+Device = Annotated[str, typer.Option(help="auto or cpu.")]
 
 
 @user_errors
 def heal(
     student: Annotated[str, typer.Argument(help="The cut model: a Hugging Face folder.")],
-    text: Annotated[
-        list[str], typer.Option(help="Your text: a file, spdx, or a folder with splits.")
-    ],
+    text: TrainText,
     out: Out,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on, repeats counted.")],
     teacher: Annotated[str | None, typer.Option(help="The model that was cut.")] = None,
-    general: Annotated[list[str] | None, typer.Option(help="General text, mixed in.")] = None,
-    share: Annotated[float, typer.Option(min=0, max=1, help="Share of general text.")] = 0.5,
-    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-4,
+    general: General = None,
+    share: Share = 0.5,
+    rate: Rate = 3e-4,
     train: Annotated[str, typer.Option(help="all, lora:8, layers:3,4 or neighbours.")] = "all",
     loss: Annotated[str, typer.Option(help="kl (to the teacher), ce (the text) or mix.")] = "kl",
     alpha: Annotated[float, typer.Option(help="Weight of kl in mix.")] = 0.5,
@@ -40,26 +55,20 @@ def heal(
     self_generated_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens that the teacher writes, more text to train on.")
     ] = 0,
-    window_tokens: Annotated[int, typer.Option(min=8, help="Tokens a window.")] = 512,
-    batch_windows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
-    micro_windows: Annotated[int | None, typer.Option(min=1, help="Windows run at once.")] = None,
-    selection_windows: Annotated[
-        int, typer.Option(min=1, help="Windows of other text that choose the state that is kept.")
-    ] = 32,
+    window_tokens: WindowTokens = 512,
+    batch_windows: BatchWindows = 16,
+    micro_windows: MicroWindows = None,
+    selection_windows: SelectionWindows = 32,
     warmup: Annotated[float, typer.Option(help="Share of the steps with a rising rate.")] = 0.05,
     final_rate: Annotated[float, typer.Option(help="Last rate as a share of --rate.")] = 0.1,
     weight_decay: float = 0.0,
     grad_clip: float = 1.0,
-    eval_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps between such choices; default: a tenth.")
-    ] = None,
-    save_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps between states; default: two minutes.")
-    ] = None,
+    eval_steps: EvalSteps = None,
+    save_steps: SaveSteps = None,
     keep_float32: Annotated[bool, typer.Option(help="Store what was trained in float32.")] = False,
     seed: int = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16 (autocast).")] = "auto",
-    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -105,31 +114,23 @@ def heal(
 def streamline(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder.")],
     drop: Annotated[int, typer.Option(min=1, help="How many layers shall go.")],
-    text: Annotated[
-        list[str], typer.Option(help="Your text: a file, spdx, or a folder with splits.")
-    ],
+    text: TrainText,
     out: Out,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to train the replacement on.")],
     objective: Annotated[str, typer.Option(help="mse (hidden states) or lm (the text).")] = "mse",
     replacement: Annotated[str, typer.Option(help="layer, swiglu or none.")] = "layer",
-    general: Annotated[list[str] | None, typer.Option(help="General text, mixed in.")] = None,
-    share: Annotated[float, typer.Option(min=0, max=1, help="Share of general text.")] = 0.5,
-    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-4,
-    window_tokens: Annotated[int, typer.Option(min=8, help="Tokens a window.")] = 512,
-    batch_windows: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
-    micro_windows: Annotated[int | None, typer.Option(min=1, help="Windows run at once.")] = None,
-    selection_windows: Annotated[
-        int, typer.Option(min=1, help="Windows of other text that choose the state that is kept.")
-    ] = 32,
-    eval_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps between such choices; default: a tenth.")
-    ] = None,
-    save_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps between states; default: two minutes.")
-    ] = None,
+    general: General = None,
+    share: Share = 0.5,
+    rate: Rate = 2e-4,
+    window_tokens: WindowTokens = 512,
+    batch_windows: BatchWindows = 16,
+    micro_windows: MicroWindows = None,
+    selection_windows: SelectionWindows = 32,
+    eval_steps: EvalSteps = None,
+    save_steps: SaveSteps = None,
     seed: int = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16 (autocast).")] = "auto",
-    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
