@@ -78,6 +78,8 @@ def test_what_is_wrong_is_one_line(
         (["--tune", tune, "--keep", "0.01"], "11 may go"),
         (["--tune", tune, "--keep", "0.5", "--device", "tpu"], "no device 'tpu'"),
         (["--tune", tune, "--keep", "0.5", "--objective", "mse"], "unknown objective 'mse'"),
+        (["--tune", tune, "--keep", "0.5", "--rate", "0"], "--rate is 0.0. Use e.g. 1e-4"),
+        (["--tune", tune, "--keep", "0.5", "--snapshot", "7"], "--snapshot is 7.0: give shares"),
     ):
         assert main(["trim", str(tiny), *options, "-o", out, "-q"]) == 2
         said = capsys.readouterr().err

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from shortstack.errors import ShortstackError, unknown
+from shortstack.errors import SettingError, ShortstackError, unknown
 
 LOSSES = ("kl", "ce", "mix", "mse")
 TRAINED = ("all", "lora:RANK", "layers:3,4", "neighbours")
@@ -107,11 +107,11 @@ class HealSettings:
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:
-                raise ShortstackError(f"{name} is {value}, at least {bound} is needed.")
+                raise SettingError(name, f"is {value}, at least {bound} is needed.")
         for name in ("learning_rate", "temperature", "grad_clip"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
-                raise ShortstackError(f"{name} is {value}; it must be a number above 0.")
+                raise SettingError(name, f"is {value}; it must be a number above 0.")
         for name in ("warmup", "final_rate", "alpha"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ShortstackError(f"{name} is {getattr(self, name)}; it must lie in 0 to 1.")
+                raise SettingError(name, f"is {getattr(self, name)}; it must lie in 0 to 1.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from shortstack.errors import ShortstackError, unknown
+from shortstack.errors import SettingError, ShortstackError, unknown
 
 MODES = ("progressive", "one-shot", "full")
 UNITS = ("sub-block", "block")
@@ -103,8 +103,9 @@ class Settings:
             raise ShortstackError(f"cannot train a share of {self.ratio}. Use 0.25, or 1 for all.")
         for name in ("drop_per_step", "epochs", "rows_per_epoch", "batch_rows"):
             if getattr(self, name) < 1:
-                raise ShortstackError(f"{name} is {getattr(self, name)}. Use 1 or more.")
+                raise SettingError(name, f"is {getattr(self, name)}. Use 1 or more.")
         if not (self.rate > 0 and math.isfinite(self.rate)):
-            raise ShortstackError(f"the rate is {self.rate}. Use e.g. 1e-4.")
+            raise SettingError("rate", f"is {self.rate}. Use e.g. 1e-4.")
         if any(not 0 < share <= 1 for share in self.snapshots):
-            raise ShortstackError(f"snapshots {self.snapshots} are shares: 0 to 1.")
+            shares = ", ".join(map(str, self.snapshots))
+            raise SettingError("snapshots", f"is {shares}: give shares, above 0, at most 1.")

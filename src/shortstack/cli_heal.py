@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from shortstack.cli_shared import JsonOption, Out, QuietOption, answer, user_errors
+from shortstack.cli_shared import JsonOption, Out, QuietOption, answer, naming_options, user_errors
 
 TrainText = Annotated[
     list[str], typer.Option(help="Your text: a file, spdx, or a folder with splits.")
@@ -76,28 +76,29 @@ def heal(
     from shortstack import heal_commands, terminal
     from shortstack.prune.heal.settings import HealSettings
 
-    settings = HealSettings(
-        tokens=tokens,
-        window_tokens=window_tokens,
-        batch_windows=batch_windows,
-        micro_windows=micro_windows,
-        learning_rate=rate,
-        warmup=warmup,
-        final_rate=final_rate,
-        weight_decay=weight_decay,
-        grad_clip=grad_clip,
-        loss=loss,  # type: ignore[arg-type]  # checked by the settings
-        alpha=alpha,
-        temperature=temperature,
-        top_k=top_k,
-        train=train,
-        eval_steps=eval_steps,
-        save_steps=save_steps,
-        keep_float32=keep_float32,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-    )
+    with naming_options(learning_rate="rate"):
+        settings = HealSettings(
+            tokens=tokens,
+            window_tokens=window_tokens,
+            batch_windows=batch_windows,
+            micro_windows=micro_windows,
+            learning_rate=rate,
+            warmup=warmup,
+            final_rate=final_rate,
+            weight_decay=weight_decay,
+            grad_clip=grad_clip,
+            loss=loss,  # type: ignore[arg-type]  # checked by the settings
+            alpha=alpha,
+            temperature=temperature,
+            top_k=top_k,
+            train=train,
+            eval_steps=eval_steps,
+            save_steps=save_steps,
+            keep_float32=keep_float32,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+        )
     wanted = heal_commands.HealText(
         *(tuple(text), tuple(general or ()), share, selection_windows, self_generated_tokens)
     )
@@ -138,22 +139,23 @@ def streamline(
     from shortstack import heal_commands, terminal
     from shortstack.prune.heal.settings import HealSettings
 
-    settings = HealSettings(
-        tokens=tokens,
-        window_tokens=window_tokens,
-        batch_windows=batch_windows,
-        micro_windows=micro_windows,
-        learning_rate=rate,
-        final_rate=0.25,  # the paper's code: 2e-4 to 5e-5
-        weight_decay=1e-3,
-        grad_clip=5.0,
-        loss="ce",
-        eval_steps=eval_steps,
-        save_steps=save_steps,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-    )
+    with naming_options(learning_rate="rate"):
+        settings = HealSettings(
+            tokens=tokens,
+            window_tokens=window_tokens,
+            batch_windows=batch_windows,
+            micro_windows=micro_windows,
+            learning_rate=rate,
+            final_rate=0.25,  # the paper's code: 2e-4 to 5e-5
+            weight_decay=1e-3,
+            grad_clip=5.0,
+            loss="ce",
+            eval_steps=eval_steps,
+            save_steps=save_steps,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+        )
     wanted = heal_commands.HealText(tuple(text), tuple(general or ()), share, selection_windows)
     result = heal_commands.streamline_model(
         *(model, drop, wanted, out, settings),

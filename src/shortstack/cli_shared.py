@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
 from shortstack.disk import FULL
-from shortstack.errors import ShortstackError, one_line
+from shortstack.errors import SettingError, ShortstackError, one_line
 
 UNWRITABLE = (
     *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST),
@@ -71,6 +72,17 @@ def user_errors(command: Callable[P, None]) -> Callable[P, None]:
 
 def _terminated(signum: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def naming_options(**spelled: str) -> Iterator[None]:
+    """Where a setting is refused, name the option that was typed: that of the same name, or the
+    one given here for it."""
+    try:
+        yield
+    except SettingError as error:
+        option = spelled.get(error.name, error.name).replace("_", "-")
+        raise ShortstackError(f"--{option} {error.fact}") from None
 
 
 def answer(data: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:

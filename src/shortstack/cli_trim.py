@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from shortstack.cli_shared import JsonOption, Model, Out, QuietOption, answer, user_errors
+from shortstack.cli_shared import (
+    JsonOption,
+    Model,
+    Out,
+    QuietOption,
+    answer,
+    naming_options,
+    user_errors,
+)
 
 
 @user_errors
@@ -78,14 +86,15 @@ def trim(
         "max_bytes": None if max_mb is None else int(max_mb * 1e6),
         "max_latency_ratio": max_latency,
     }
-    result = trim_commands.trim(
-        model,
-        {"tune": tune, "scan": scan, "test": test},
-        off_domain or [],
-        settings,
-        target,
-        out,
-        device=device,
-        display=terminal.display(quiet or as_json),
-    )
+    with naming_options(epochs="epochs_per_drop", snapshots="snapshot"):
+        result = trim_commands.trim(
+            model,
+            {"tune": tune, "scan": scan, "test": test},
+            off_domain or [],
+            settings,
+            target,
+            out,
+            device=device,
+            display=terminal.display(quiet or as_json),
+        )
     answer(result, as_json, lambda: terminal.print_facts(result, quiet))

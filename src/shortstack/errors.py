@@ -13,6 +13,14 @@ class ShortstackError(Exception):
     exit_code = 2
 
 
+class SettingError(ShortstackError):
+    """A setting that cannot be. `name` is that of the field: a command calls it otherwise."""
+
+    def __init__(self, name: str, fact: str) -> None:
+        super().__init__(f"{name} {fact}")
+        self.name, self.fact = name, fact
+
+
 class VerificationError(ShortstackError):
     """An artifact computes something else than its checkpoint, or costs more than its gate allows.
 

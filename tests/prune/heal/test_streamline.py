@@ -106,6 +106,7 @@ def test_what_cannot_be_done_is_refused(
         ({"--objective": "nse"}, "Did you mean 'mse'?"),
         ({"--replacement": "ffn"}, "unknown replacement 'ffn'"),
         ({"--device": "tpu"}, "unknown device 'tpu'"),
+        ({"--rate": "nan"}, "--rate is nan; it must be a number above 0"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line(

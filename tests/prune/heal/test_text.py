@@ -152,6 +152,26 @@ def test_the_command_lets_the_teacher_write(
     assert json.loads(capsys.readouterr().out) == facts
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--rate", "-1", "--rate is -1.0; it must be a number above 0."),
+        ("--final-rate", "2", "--final-rate is 2.0; it must lie in 0 to 1."),
+    ],
+)
+def test_a_refused_setting_is_called_as_it_was_typed(
+    option: str,
+    value: str,
+    said: str,
+    cut: Checkpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--text", "spdx", "--tokens", "64", option, value, "-o", str(tmp_path / "out")]
+    assert cli.main(["heal", str(cut.path), *words]) == 2
+    assert capsys.readouterr().err == f"shortstack: {said}\n"
+
+
 def test_samples_are_kept_for_a_run_that_goes_on(tmp_path: Path) -> None:
     file, calls = tmp_path / "samples", []
 
