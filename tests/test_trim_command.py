@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from tests.prune.test_trim import made_up
 
 from shortstack.checkpoint import Checkpoint
@@ -76,13 +77,29 @@ def test_what_is_wrong_is_one_line(
         (["--tune", columns, "--keep", "0.5"], "no string field 'question'"),
         (["--tune", tune], "needs one target"),
         (["--tune", tune, "--keep", "0.01"], "11 may go"),
-        (["--tune", tune, "--keep", "0.5", "--device", "tpu"], "no device 'tpu'"),
+        (["--tune", tune, "--keep", "0.5", "--device", "tpu"], "unknown device 'tpu'"),
+        (["--tune", tune, "--keep", "0.5", "--protect-last", "4"], "3 may go"),
+        (["--tune", tune, "--max-latency", "0.5", "--protect-first", "6"], "none of 12 units may"),
+        (["--tune", tune, "--max-mb", "0.1"], "not met when all goes that may"),
         (["--tune", tune, "--keep", "0.5", "--objective", "mse"], "unknown objective 'mse'"),
         (["--tune", tune, "--keep", "0.5", "--rate", "0"], "--rate is 0.0. Use e.g. 1e-4"),
         (["--tune", tune, "--keep", "0.5", "--snapshot", "7"], "--snapshot is 7.0: give shares"),
     ):
-        assert main(["trim", str(tiny), *options, "-o", out, "-q"]) == 2
-        said = capsys.readouterr().err
+        assert main(["trim", str(tiny), *options, "-o", out]) == 2
+        said = capsys.readouterr().err  # no bar: refused before the model is opened
         assert words in said
         assert said.count("\n") == 1
+        assert "\\n" not in said
         assert not Path(out).exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
+def test_a_gpu_that_is_not_there_is_missed_before_the_model_is_opened(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tune = write(tmp_path / "tune.jsonl", made_up(40))
+    command = ["trim", str(tiny), "--tune", tune, "--keep", "0.5", "--device", "cuda"]
+    assert main([*command, "-o", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "PyTorch sees no GPU here" in said
+    assert said.count("\n") == 1

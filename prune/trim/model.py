@@ -34,6 +34,12 @@ def parse_unit(text: str) -> Unit:
     return Unit(int(layer), kind)  # type: ignore[arg-type]  # only ever our own words
 
 
+def units_of(n_layers: int, unit: str) -> tuple[Unit, ...]:
+    """All units of a model, in the order of computation; `unit` is `sub-block` or `block`."""
+    kinds: tuple[Kind, ...] = ("block",) if unit == "block" else ("attention", "mlp")
+    return tuple(Unit(index, kind) for index in range(n_layers) for kind in kinds)
+
+
 class _Gate:
     """Stands in for a module's forward; closed, the module adds nothing and computes nothing."""
 
@@ -83,8 +89,7 @@ class TrimModel:
             for layer in self.layers
         ]
         self._passages = [_Passage(layer, in_tuple=self._in_tuple) for layer in self.layers]
-        kinds: tuple[Kind, ...] = ("block",) if unit == "block" else ("attention", "mlp")
-        self.all_units = tuple(Unit(i, kind) for i in range(len(self.layers)) for kind in kinds)
+        self.all_units = units_of(len(self.layers), unit)
         self.gone: frozenset[Unit] = frozenset()
         self._arguments: dict[int, list[dict[str, Any]]] = {}
 

@@ -16,13 +16,17 @@ if TYPE_CHECKING:
 
 
 def droppable(model: TrimModel, settings: Settings) -> tuple[Unit, ...]:
-    """Units that may go now. Layer 0 keeps its attention (as a block: stays): GGUF's arch for
-    sub-blocks cannot lose it, and so the model never becomes empty."""
-    n = len(model.layers)
+    """Units that may go now."""
+    return may_go(model.units, len(model.layers), settings)
+
+
+def may_go(units: Iterable[Unit], n_layers: int, settings: Settings) -> tuple[Unit, ...]:
+    """Those of `units` that may go. Layer 0 keeps its attention (as a block: stays): GGUF's arch
+    for sub-blocks cannot lose it, and so the model never becomes empty."""
     return tuple(
         unit
-        for unit in model.units
-        if settings.protect_first <= unit.layer < n - settings.protect_last
+        for unit in units
+        if settings.protect_first <= unit.layer < n_layers - settings.protect_last
         and not (unit.layer == 0 and unit.kind != "mlp")
     )
 
@@ -57,12 +61,7 @@ class Schedule:
         n_units, free = len(model.all_units), droppable(model, settings)
         costs = (costs or measured(model, target)) if target.costs else {}
         budget = _budget(model, target, costs)
-        n_drop = len(free) if target.keep is None else n_units - round(target.keep * n_units)
-        least = (n_units - len(free)) / n_units
-        if n_drop > len(free):
-            raise _too_deep(f"cannot drop {n_drop} of {n_units} units: {len(free)} may go", least)
-        if sum(costs.values()) - sum(costs[unit] for unit in free if costs) > budget:
-            raise _too_deep("the target is not met when all goes that may", least)
+        n_drop = check_target(n_units, free, settings, target, costs, budget)
         mean = sum(costs.values()) / n_units
         excess = sum(costs.values()) - budget
         n_expected = min(n_drop, math.ceil(excess / mean - 1e-6)) if costs else n_drop
@@ -132,6 +131,27 @@ class Schedule:
         rested = sum(row["left"] == len(model.units) for row in curve)
         progressive = self.settings.mode == "progressive"
         return progressive and self.met(model.units) and rested > self.settings.last_epochs
+
+
+def check_target(
+    n_units: int,
+    free: Sequence[Unit],
+    settings: Settings,
+    target: Target,
+    costs: Mapping[Unit, float],
+    budget: float,
+) -> int:
+    """How many units go at most, of the `free` ones. Raises ShortstackError where the target is
+    not met when all of them go; `costs` is empty where it is none in costs."""
+    n_drop = len(free) if target.keep is None else n_units - round(target.keep * n_units)
+    least = (n_units - len(free)) / n_units
+    if n_drop > len(free):
+        raise _too_deep(f"cannot drop {n_drop} of {n_units} units: {len(free)} may go", least)
+    if not free and target.keep is None and settings.mode != "full":
+        raise _too_deep(f"none of {n_units} units may go", least)
+    if sum(costs.values()) - sum(costs[unit] for unit in free if costs) > budget:
+        raise _too_deep("the target is not met when all goes that may", least)
+    return n_drop
 
 
 def measured(model: TrimModel, target: Target) -> dict[Unit, float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shortstack.errors import ShortstackError
+from shortstack.errors import ShortstackError, one_line
 from shortstack.rows import is_jsonl, read_rows
 
 SLOT = "_"
@@ -96,11 +96,12 @@ def refuse_leaks(parts: Mapping[str, Sequence[Question]]) -> None:
 
     What was tuned or scanned on proves nothing when it is tested on.
     """
-    keys = {name: {question.key for question in rows} for name, rows in parts.items()}
+    asked = {name: {row.key: row.question for row in rows} for name, rows in parts.items()}
     for first, second in itertools.combinations(parts, 2):
-        shared = keys[first] & keys[second]
+        shared = asked[first].keys() & asked[second].keys()
         if shared:
+            example = one_line(asked[first][min(shared)], 60)
             raise ShortstackError(
                 f"the {first} and {second} rows share {len(shared)} questions, such as "
-                f"{min(shared)[:60]!r}: a leak. Remove them from one of the two."
+                f"'{example}': a leak. Remove them from one of the two."
             )

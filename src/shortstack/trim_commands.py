@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.commands import opened
-from shortstack.errors import ShortstackError, require
+from shortstack.errors import ShortstackError, require, unknown
+from shortstack.intake import preview_model
 from shortstack.manifest import (
     check_apart,
     check_ours,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 CURVE = "curve.json"
 SNAPSHOTS = "snapshots"
+DEVICES = ("auto", "cpu", "cuda")
 
 
 def trim(
@@ -51,17 +53,22 @@ def trim(
     command goes on from there.
     """
     require(("torch", "transformers"), "prune", "trimming")
+    from shortstack.prune.trim.ahead import check_reachable
     from shortstack.prune.trim.result import check_trimmable
     from shortstack.prune.trim.settings import Settings, Target
 
     given = [*(file for file in files.values() if file), *off_domain]
     check_ours(out, "trim")
     check_apart(out, given)
-    chosen, wanted = Settings(**settings), Target(**target)
+    chosen, wanted, device = Settings(**settings), Target(**target), _device(device)
     parts = _parts(files, chosen.seed)
     others = {file.name: open_questions(file) for file in off_domain}
     for name, rows in others.items():
         refuse_leaks({"tune": parts.tune, "scan": parts.scan, name: rows})
+    preview = preview_model(model)
+    if preview is not None:
+        check_trimmable(preview.checkpoint)
+        check_reachable(preview.checkpoint, chosen, wanted)
     with opened(model, out, display) as checkpoint:
         check_apart(out, [checkpoint.path])
         check_trimmable(checkpoint)
@@ -117,6 +124,20 @@ def _parts(files: Mapping[str, Path | None], seed: int) -> Parts:
     return Parts(tune, scan, rows["test"])
 
 
+def _device(name: str) -> str:
+    """The device that is meant. Raises ShortstackError for one that is not here."""
+    import torch
+
+    if name not in DEVICES:
+        raise unknown("device", name, DEVICES)
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise ShortstackError(
+            "PyTorch sees no GPU here. Use --device cpu, or run: shortstack doctor"
+        )
+    return name if name != "auto" else "cuda" if found else "cpu"
+
+
 def _run(
     checkpoint: Checkpoint,
     parts: Parts,
@@ -133,10 +154,6 @@ def _run(
     from shortstack.prune.trim.loop import trim
     from shortstack.tokens import Encoder
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cuda", "cpu"):
-        raise ShortstackError(f"there is no device {device!r} here. Use auto, cpu or cuda.")
     loaded = load(checkpoint.path, torch.float32).to(device)
 
     def note(row: dict[str, Any]) -> None:

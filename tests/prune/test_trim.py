@@ -22,6 +22,7 @@ from tests.zoo import make_model
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.pretrained import load
+from shortstack.prune.trim.ahead import check_reachable
 from shortstack.prune.trim.choose import choose, scan_score
 from shortstack.prune.trim.loop import Trimmed, trim
 from shortstack.prune.trim.model import TrimModel, Unit, parse_unit
@@ -380,6 +381,26 @@ def test_bad_targets_and_settings_are_refused(opened: tuple[Any, Encoder]) -> No
         Target(loss_points=1.0)
     with pytest.raises(ShortstackError, match="unknown score"):
         Settings(score="scna")
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-untied", "gemma2"])
+@pytest.mark.parametrize("unit", ["sub-block", "block"])
+def test_what_cannot_be_met_is_told_from_the_headers(name: str, unit: str, tmp_path: Path) -> None:
+    """To the byte where the loop says it of the loaded model."""
+    folder = make_model(name, tmp_path / "model")
+    checkpoint, settings = Checkpoint.open(folder), dataclasses.replace(QUICK, unit=unit)
+    model = TrimModel(load(folder, torch.float32), unit)
+    free = droppable(model, settings)
+    stays = sum(4 * p.numel() for p in model.hf.parameters())
+    stays -= sum(4 * p.numel() for u in free for p in model.parameters_of(u).values())
+    Schedule.make(model, settings, Target(max_bytes=stays))
+    check_reachable(checkpoint, settings, Target(max_bytes=stays))
+    for target in (Target(max_bytes=stays - 1), Target(keep=0.01)):
+        with pytest.raises(ShortstackError) as late:
+            Schedule.make(model, settings, target)
+        with pytest.raises(ShortstackError) as early:
+            check_reachable(checkpoint, settings, target)
+        assert str(early.value) == str(late.value)
 
 
 def test_parts_are_disjoint_and_large_enough() -> None:
