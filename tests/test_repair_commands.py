@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from shortstack.cli import main
 from shortstack.manifest import read_manifest
@@ -81,3 +82,29 @@ def test_what_a_user_gets_wrong_is_one_line(
         assert len(lines) == 1, lines
         assert said in lines[0]
         assert not (tmp_path / "out").exists()
+
+
+def test_the_wrong_original_is_refused_before_it_is_opened(
+    cut: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["repair", str(cut), "--of", str(cut), "--text", str(corpus)]
+    assert main([*command, "-o", str(tmp_path / "out")]) == 2  # not quiet: no bar either
+    said = capsys.readouterr().err
+    assert f"was not made of {cut}: sizes" in said
+    assert said.count("\n") == 1
+
+
+def test_an_original_of_another_seed_is_refused_before_it_runs(
+    cut: Path, tiny: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny, other)
+    data = load_file(other / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    data[name] = data[name].flip(0)
+    save_file(data, other / "model.safetensors", {"format": "pt"})
+    command = ["repair", str(cut), "--of", str(other), "--text", str(corpus)]
+    assert main([*command, "-o", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"was not made of {other}: sizes" in said
+    assert "Repair the cut" not in said

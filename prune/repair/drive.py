@@ -11,14 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.disk import disk_errors, require_space
 from shortstack.errors import ShortstackError
-from shortstack.floats import from_stored
 from shortstack.progress import OnProgress
 from shortstack.prune.apply import PLAN_FILE
 from shortstack.prune.calibrate import LayerwiseModel, batches, choose_dtype
@@ -27,15 +25,12 @@ from shortstack.prune.repair import CHOICES, REPAIRS, Repair
 from shortstack.prune.repair.boundaries import Boundary, boundaries
 from shortstack.prune.repair.fold import projection, write_repaired
 from shortstack.prune.repair.maps import Map, OwnMlp, Slot
+from shortstack.prune.repair.origin import check_made_of
 from shortstack.prune.repair.patch import basis
 from shortstack.prune.repair.statistics import Statistics
 from shortstack.prune.repair.support import refusal, skipped
 from shortstack.prune.repair.walk import Walk
 from shortstack.prune.scoring import perplexity
-from shortstack.shards import ShardReader
-
-ALIKE = 0.5
-"""Least cosine of the embeddings of a model and of what was made of it, trained on or not."""
 
 
 @dataclass
@@ -311,29 +306,3 @@ def _facts(attempt: Attempt, before: float, n_predicted: int) -> dict[str, Any]:
         "slot_layers": sum(isinstance(map_, (Slot, OwnMlp)) for _, map_ in attempt.maps),
         "gaps": list(attempt.log),
     }
-
-
-def check_made_of(original: Checkpoint, pruned: Checkpoint, plan: PrunePlan) -> None:
-    """Raise ShortstackError unless `plan` can have made `pruned` out of `original`."""
-    whole, left = dict(original.dims), dict(pruned.dims)
-    fits = (whole.pop("layers"), left.pop("layers")) == (plan.n_layers, len(plan.keep))
-    same = (whole, original.family) == (left, pruned.family)
-    if not (fits and same and _embedding_cosine(original, pruned) > ALIKE):
-        raise ShortstackError(
-            f"{pruned.path} was not made of {original.path}: sizes, layers or embeddings differ. "
-            "Name the model that was cut with --of."
-        )
-
-
-def _embedding_cosine(first: Checkpoint, second: Checkpoint) -> float:
-    """Of the first rows of both embeddings; training moves them little, another seed far."""
-    name, rows = first.family.outer[0].hf, []
-    for checkpoint in (first, second):
-        info = checkpoint.tensors[name]
-        with ShardReader(checkpoint) as reader:
-            stored = reader.read(name, 0, min(info.n_bytes, 2**20))
-        rows.append(from_stored(stored, info.dtype).astype(np.float64))
-    size = min(len(row) for row in rows)  # one may be stored wider
-    a, b = (row[:size] for row in rows)
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float(a @ b) / norms if norms else 0.0

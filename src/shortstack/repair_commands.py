@@ -9,12 +9,13 @@ from shortstack.checkpoint import Checkpoint
 from shortstack.commands import opened
 from shortstack.errors import ShortstackError, unknown
 from shortstack.families import context_tokens
-from shortstack.intake import model_paths
+from shortstack.intake import model_paths, preview_model
 from shortstack.manifest import check_apart, check_ours, finished, staged, step_key, write_manifest
 from shortstack.progress import Display
 from shortstack.prune.apply import PLAN_FILE
 from shortstack.prune.plan import PrunePlan
 from shortstack.prune.repair import CHOICES, repair
+from shortstack.prune.repair.origin import check_made_of, check_sizes
 from shortstack.text import open_corpus
 from shortstack.tokens import Encoder
 
@@ -38,7 +39,11 @@ def repair_model(
         raise unknown("repair", method, CHOICES)
     check_ours(out, "repair")
     check_apart(out, [pruned, *model_paths(of)])
-    cut, plan, corpus = Checkpoint.open(pruned), _plan_of(pruned), open_corpus(text)
+    cut, plan = Checkpoint.open(pruned), _plan_of(pruned)
+    preview = preview_model(of)
+    if preview is not None:
+        check_sizes(preview.checkpoint, cut, plan, of)
+    corpus = open_corpus(text)
     encoder = Encoder(cut)
     length = min(window_tokens, context_tokens(cut.config, windowed=True) or window_tokens)
     texts = (
@@ -46,6 +51,7 @@ def repair_model(
         encoder.windows(corpus.selection, length, max(1, windows // 4)),
     )
     with opened(of, out, display) as original:
+        check_made_of(original, cut, plan)  # before both are hashed
         inputs = {
             "model": original.sha256,
             "pruned": cut.sha256,
