@@ -37,7 +37,9 @@ def heal(
     text: TrainText,
     out: Out,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on, repeats counted.")],
-    teacher: Annotated[str | None, typer.Option(help="The model that was cut.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="The model that was cut: a folder, .gguf, pkg: or hf:.")
+    ] = None,
     general: General = None,
     share: Share = 0.5,
     rate: Rate = 3e-4,

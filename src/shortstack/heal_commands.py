@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from shortstack.checkpoint import Checkpoint
+from shortstack.commands import opened
 from shortstack.errors import ShortstackError, require
-from shortstack.intake import resolve
+from shortstack.intake import model_paths, resolve
 from shortstack.manifest import check_apart, check_ours, finished, staged, step_key, write_manifest
 from shortstack.progress import Display
 from shortstack.prune.heal.data import healing_windows, read_documents
@@ -58,31 +59,45 @@ def heal_model(
     cache: Path | None = None,
     display: Display,
 ) -> dict[str, Any]:
-    """Heal the folder `student`; `out` becomes a Hugging Face folder like it.
+    """Heal the folder `student`; `out` becomes a Hugging Face folder like it. The teacher may be
+    any model that intake opens.
 
     Under `accelerate launch` every process comes here; the first one writes and speaks.
     """
     require(("torch", "transformers", "accelerate"), "heal", "healing")
     check_ours(out, "heal")
     cut = _folder(student)
-    original = None if teacher is None else _folder(teacher)
-    check_apart(out, [cut.path, *([original.path] if original else [])])
+    check_apart(out, [cut.path, *(model_paths(teacher) if teacher else ())])
     train, selection = windows_for(cut, text, settings)
-    inputs = {
-        "student": cut.sha256,
-        "teacher": original.sha256 if original else None,
-        "text": [train, selection],
-        "self_generated_tokens": text.self_generated_tokens,
-        "settings": dataclasses.asdict(settings),
-    }
-    key = step_key("heal", inputs)
-    kept = finished(out, key)
-    if kept is None:
-        train = [*train, *_self_generated(original, train, text, out, settings, key, display)]
-        windows = (train, selection)
-        kept = _healed(cut, original, windows, out, settings, cache, key, display)
-        _beside(out, "samples").unlink(missing_ok=True)
+    with _teacher(teacher, out, display) as original:
+        inputs = {
+            "student": cut.sha256,
+            "teacher": original.sha256 if original else None,
+            "text": [train, selection],
+            "self_generated_tokens": text.self_generated_tokens,
+            "settings": dataclasses.asdict(settings),
+        }
+        key = step_key("heal", inputs)
+        kept = finished(out, key)
+        if kept is None:
+            train = [*train, *_self_generated(original, train, text, out, settings, key, display)]
+            windows = (train, selection)
+            kept = _healed(cut, original, windows, out, settings, cache, key, display)
+            _beside(out, "samples").unlink(missing_ok=True)
     return {"checkpoint": str(out), **kept["heal"]}
+
+
+@contextlib.contextmanager
+def _teacher(model: str | None, out: Path, display: Display) -> Iterator[Checkpoint | None]:
+    """The teacher, which each of several processes opens for itself: what has to be made into a
+    folder lies beside `out` meanwhile, under a name of that process."""
+    if model is None:
+        yield None
+        return
+    rank = os.environ.get("RANK")
+    near = out if rank is None else out.with_name(f"{out.name}.{rank}")
+    with opened(model, near, display) as checkpoint:
+        yield checkpoint
 
 
 def _healed(

@@ -11,8 +11,10 @@ import torch
 from tests.healing import LENGTH, Windows, settings
 
 from shortstack import cli
+from shortstack.artifact import ExportSpec
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
+from shortstack.export import exporter
 from shortstack.heal_commands import HealText, windows_for
 from shortstack.pretrained import load
 from shortstack.prune.heal.data import mix, packed_windows, read_documents
@@ -184,3 +186,20 @@ def test_samples_are_kept_for_a_run_that_goes_on(tmp_path: Path) -> None:
     assert len(calls) == 1
     kept_windows(file, "b", make, first=True)
     assert len(calls) == 2
+
+
+def test_the_teacher_may_be_a_gguf_file(
+    cut: Checkpoint, original: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it teaches is what the folder teaches; nothing of its unpacking stays."""
+    made = exporter("gguf").export(original, ExportSpec.parse("gguf:F32"), tmp_path)
+    common = ["--text", "spdx", "--tokens", str(16 * LENGTH), "--window-tokens", str(LENGTH)]
+    common += ["--batch-windows", "4", "--selection-windows", "4", "--device", "cpu", "--json"]
+    found = []
+    for name, teacher in (("a", original.path), ("b", made.path)):
+        command = ["heal", str(cut.path), "--teacher", str(teacher), *common]
+        assert cli.main([*command, "-o", str(tmp_path / name)]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[1]["perplexity_after"] == pytest.approx(found[0]["perplexity_after"], rel=1e-4)
+    assert found[1]["perplexity_after"] < found[1]["perplexity_before"]
+    assert not [path.name for path in tmp_path.iterdir() if "model.partial" in path.name]
