@@ -139,9 +139,9 @@ def stability_weights(option_nats: Sequence[Sequence[float]], *, exp: bool = Fal
 
     LLM-Streamline (arXiv:2403.19135), the weights of its stability metric: a question counts
     where the original model tells the options apart. `option_nats` are nats a token of each
-    option, one row a question. What OpenCompass, on whose results the paper computes it, calls
-    PPL is this mean of nats; `exp` takes the perplexity of the word instead, exp(nats a token),
-    of which one question takes all the weight. Returns shape (questions,), sum 1.
+    option, one row a question: that PPL means them is inferred (docs/evaluation.md). `exp` takes
+    the perplexity of the word instead, exp(nats a token), of which one question takes all the
+    weight. Returns shape (questions,), sum 1.
     """
     rows = [np.asarray(nats, np.float64) for nats in option_nats]
     if exp:
