@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from benchmarks.trim import main
-from tests.prune.test_trim import made_up
 from tests.test_trim_command import write
+from tests.trimming import made_up
 
 FAST = ["rate=0.001", "rows_per_epoch=24", "batch_rows=8", "max_prompt_tokens=48"]
 

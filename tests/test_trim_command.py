@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.prune.test_trim import made_up
+from tests.trimming import made_up
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.cli import main

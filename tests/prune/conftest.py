@@ -11,6 +11,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from shortstack.checkpoint import Checkpoint
+from shortstack.pretrained import load
+from shortstack.tokens import Encoder
+
 SHAPE: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -54,3 +58,9 @@ def make_model(tmp_path: Path, tiny: Path) -> Callable[..., Path]:
 def any_model(request: pytest.FixtureRequest, make_model: Callable[..., Path]) -> Path:
     """One folder for each family variant."""
     return make_model(request.param)
+
+
+@pytest.fixture
+def opened(tiny: Path) -> tuple[Any, Encoder]:
+    """The trained tiny model in transformers, and its tokenizer."""
+    return load(tiny, torch.float32), Encoder(Checkpoint.open(tiny))

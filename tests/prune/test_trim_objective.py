@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.prune.test_trim import QUICK, WORDS, log_likelihood, longer, made_up, parts, run
+from tests.trimming import QUICK, WORDS, log_likelihood, longer, made_up, parts, run
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
