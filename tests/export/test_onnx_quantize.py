@@ -16,7 +16,7 @@ from tests.zoo import make_model
 from shortstack.artifact import ExportSpec
 from shortstack.checkpoint import Checkpoint
 from shortstack.export import to_onnx
-from shortstack.export.onnx_quantize import quantize_rows
+from shortstack.export.onnx_rounding import quantize_rows
 
 
 def restored(table: NDArray[np.float32], block: int, bits: int) -> NDArray[np.float32]:
