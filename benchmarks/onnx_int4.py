@@ -2,7 +2,8 @@
 
     python -m benchmarks.onnx_int4 MODEL [--repeats 6] [--tokens 128] [--optimum PYTHON]
 
-Rows: ours from either builder's graph; onnxruntime-genai's own int4 builder; and, with the Python
+Rows: ours, rounded with importance (of 32 windows of the text's calibration part; distances are on
+its test part) and without, and from either builder's graph; onnxruntime-genai's own int4 builder; and, with the Python
 of an environment that has optimum-onnx (`make .venv-optimum/.dev`), its export rounded by
 onnxruntime's MatMulNBitsQuantizer. Decoding is timed in turn, every run in a process of its own:
 compare the columns of one table, not tables of two runs.
@@ -49,8 +50,18 @@ quantizer.model.save_model_to_file(out + "/model.onnx", use_external_data_format
 """
 
 
-def ours(checkpoint: Checkpoint, out: Path, **options: str) -> None:
-    exporter("onnx").export(checkpoint, ExportSpec.parse("onnx:int4", **options), out)
+CALIBRATION = (256, 32)
+"""Length and count of windows: what a recipe takes by default."""
+
+
+def ours(text: str, **options: str) -> Callable[[Checkpoint, Path], None]:
+    def make(checkpoint: Checkpoint, out: Path) -> None:
+        spec, make = ExportSpec.parse("onnx:int4", **options), exporter("onnx")
+        wanted = make.calibrates(checkpoint, spec)
+        known = windows(checkpoint, text, *CALIBRATION, "calibration") if wanted else []
+        make.export(checkpoint, spec, out, calibration=known)
+
+    return make
 
 
 def genai(checkpoint: Checkpoint, out: Path) -> None:
@@ -86,9 +97,9 @@ def main() -> None:
     parser.add_argument("--optimum", metavar="PYTHON")
     asked = parser.parse_args()
     makers: dict[str, Callable[[Checkpoint, Path], None]] = {
-        "ours, mobius": lambda c, out: ours(c, out, builder="mobius"),
-        "ours, all int4": lambda c, out: ours(c, out, builder="mobius", head="int4", wide="none"),
-        "ours, genai's graph": lambda c, out: ours(c, out, builder="genai"),
+        "ours": ours(asked.text, builder="mobius"),
+        "ours, imatrix=no": ours(asked.text, builder="mobius", imatrix="no"),
+        "ours, genai's graph": ours(asked.text, builder="genai"),
         "genai's builder": genai,
     }
     if asked.optimum:

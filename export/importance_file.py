@@ -2,8 +2,8 @@
 for our own rounding as safetensors.
 
 In GGUF, for a weight matrix NAME, it holds `NAME.in_sum2`, the sum over tokens of each input
-channel's square, and `NAME.counts`, the number of tokens (tools/imatrix/imatrix.cpp): llama-quantize reads
-it with --imatrix.
+channel's square, and `NAME.counts`, the number of tokens (tools/imatrix/imatrix.cpp):
+llama-quantize reads it with --imatrix.
 """
 
 from __future__ import annotations

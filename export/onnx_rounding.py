@@ -14,8 +14,8 @@ from shortstack.export.to_onnx import ROUNDED_AT_ONCE
 Floats = NDArray[np.float32]
 Codes = tuple[NDArray[np.uint8], Floats]
 
-PART = 1 << 16
-"""Weights that a thread rounds at a time: its six arrays stay in the caches of a core."""
+PART = 1 << 17
+"""Weights that a thread rounds at a time: its arrays stay in the caches of a core."""
 STEPS = (8.0, 7.0, 7.4, 7.8, 8.4, 8.8, 9.2)
 """Steps from zero to a block's largest weight that are tried. Eight is what rounding without
 importance has, and comes first: it stays where nothing is better. More steps gain nothing: on
@@ -75,31 +75,33 @@ def _largest_exact(blocks: Floats, bits: int) -> Codes:
 
 
 def _weighted(blocks: Floats, weights: Floats) -> Codes:
-    """Codes and scales of 4 bits with a small Σ_i c_i (w_i - s q_i)², c the weights.
+    """Codes and scales of 4 bits with a small Σ c (w - s q)², c the weights.
 
-    For each of STEPS the codes q are rounded once, and the best scale for them is
-    s = Σ c w q / Σ c q²; the error then is Σ c w² - (Σ c w q)² / Σ c q², whose last term is what
-    is compared. The same as in llama.cpp's make_qx_quants (ggml-quants.c), by importance alone.
+    For each of STEPS, f, the codes q are those of the scale w* / -f. With the rest r = f u - q,
+    u = w / -w*, the best scale for these codes is -w* / f · (1 + Σ c r q / Σ c q²), and leaves, in
+    units of w*², the error (Σ c r² - (Σ c r q)² / Σ c q²) / f². Least squares as in llama.cpp's
+    make_qx_quants (ggml-quants.c), written by rests so that float32 tells small errors apart.
     """
-    peaks = _peaks(blocks)
-    safe = np.where(peaks == 0, np.float32(1), -peaks)
-    blocks = blocks / safe[..., None]  # the largest is -1
-    weighed = blocks * weights
-    best: Floats | None = None
-    for steps in STEPS:
-        found: Floats = np.clip(np.rint(blocks * np.float32(steps)), -8, 7)
-        match = np.einsum("rnb,rnb->rn", weighed, found)
+    peaks, one = _peaks(blocks), np.float32(1)
+    flipped: Floats = np.where(peaks == 0, one, -peaks)
+    units: Floats = blocks / flipped[..., None]
+    rest, weighed = np.empty_like(units), np.empty_like(units)
+    for f in map(np.float32, STEPS):
+        np.multiply(units, f, out=rest)
+        found = np.clip(np.rint(rest), np.float32(-8), np.float32(7))
         whole = found.astype(np.int8)
+        np.subtract(rest, found, out=rest)
+        np.multiply(rest, weights, out=weighed)
+        match = np.einsum("rnb,rnb->rn", weighed, found)
+        error = np.einsum("rnb,rnb->rn", weighed, rest)
         size = np.einsum("rnb,nb->rn", np.square(found, out=found), weights)
-        # where no weight with a code counts, any scale is as good: keep the largest's
-        scale = np.where(size > 0, match / np.where(size > 0, size, 1), np.float32(1 / steps))
-        gain = scale * match
-        if best is None:
-            codes, scales, best = whole, scale, gain
-        else:
-            better = gain > best
-            np.copyto(best, gain, where=better)
-            np.copyto(scales, scale, where=better)
-            np.copyto(codes, whole, where=better[..., None])
-    scales = np.where(peaks == 0, np.float32(0), scales * safe)
-    return (codes + 8).astype(np.uint8), scales
+        share = match / np.where(size > 0, size, one)  # without codes that count: nothing to fit
+        error, scale = (error - share * match) / (f * f), (one + share) / f
+        if f == STEPS[0]:
+            codes, scales, least = whole, scale, error
+            continue
+        better = error < least
+        np.copyto(least, error, where=better)
+        np.copyto(scales, scale, where=better)
+        np.copyto(codes, whole, where=better[..., None])
+    return (codes + 8).astype(np.uint8), np.where(peaks == 0, np.float32(0), scales * flipped)

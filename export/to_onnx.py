@@ -27,8 +27,10 @@ MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "genai_config.json"
 SCRATCH = ".scratch"
 TIMEOUT_S = 24 * 3600.0
 DEFAULT_CONTEXT = 2048
-ROUNDED_AT_ONCE = 1 << 24
-"""Weights that onnx_quantize.py rounds at a time: it has ten bytes of temporary arrays for each."""
+ROUNDED_AT_ONCE = 1 << 22
+"""Weights that onnx_rounding.py rounds at a time, all threads together."""
+ROUNDING_BYTES = 32
+"""What a weight takes meanwhile, in temporary arrays."""
 ROTATIONS = ("default", "linear", "llama3", "yarn", "longrope")
 """Rotations that are a table; transformers computes it."""
 
@@ -139,7 +141,9 @@ def _writing_bytes(largest: int, bits: int) -> int:
     float32, or its codes and what rounding a part of it takes."""
     if bits == 32:
         return 8 * largest
-    return 6 * largest if bits == 16 else 5 * largest + 16 * min(largest, ROUNDED_AT_ONCE)
+    if bits == 16:
+        return 6 * largest
+    return 5 * largest + ROUNDING_BYTES * min(largest, ROUNDED_AT_ONCE)
 
 
 def _rotation_entries(checkpoint: Checkpoint, spec: ExportSpec) -> int:
