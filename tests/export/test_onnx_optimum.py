@@ -139,14 +139,12 @@ def test_every_matrix_finds_the_importance_of_what_it_reads(name: str, tmp_path:
 @pytest.mark.parametrize("name", ["llama", "phi4-mini", "gemma3"])
 def test_int4_is_rounded_by_importance(name: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_model(name, tmp_path / "model"))
-    expected, found = run(checkpoint.path, "pytorch"), {}
-    for choice in ("yes", "no"):
-        spec = ExportSpec.parse("onnx:int4", imatrix=choice, head="int4", wide="none")
-        (tmp_path / choice).mkdir()
-        made = to_onnx.export(checkpoint, spec, tmp_path / choice, calibration=[TOKENS])
-        assert not any("without importance" in note for note in made.notes)
-        found[choice] = distance(run(made.path, "onnxruntime"), expected)
-    assert found["yes"] < 0.9 * found["no"]
+    (tmp_path / "out").mkdir()
+    spec = ExportSpec.parse("onnx:int4")
+    made = to_onnx.export(checkpoint, spec, tmp_path / "out", calibration=[TOKENS])
+    assert any("importance from 64 tokens" in note for note in made.notes)
+    assert not any("without importance" in note for note in made.notes)
+    assert distance(run(made.path, "onnxruntime"), run(checkpoint.path, "pytorch")) < 0.5
 
 
 def test_inputs_and_outputs_are_those_of_the_contract(tmp_path: Path) -> None:
