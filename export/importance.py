@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 24 * 3600.0
 BATCH_TOKENS = 2048
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+"""Has glibc give large tensors back when they are freed. Left to itself it raises this threshold
+and keeps them: 1.0 GB instead of 0.42 for 135 M parameters."""
 HEAD = "lm_head"
 """What reads the last norm's results; a layer's modules are called "layers.3.mlp.up_proj"."""
 
@@ -62,6 +65,7 @@ def observe(
         timeout_s=TIMEOUT_S,
         what="running the model on calibration text",
         progress=progress,
+        env=RETURN_MEMORY,
     )
     return ActivationRange.from_dict(answer)
 
