@@ -49,7 +49,7 @@ test-optimum: $(OPTIMUM)/.dev
 tables: $(VENV)/.dev $(OPTIMUM)/.dev
 	$(BIN)/python -m benchmarks.correctness --optimum $(OPTIMUM)/bin/python
 	$(BIN)/python benchmarks/gguf_cut.py
-	$(BIN)/python benchmarks/export_memory.py --specs gguf:F16 gguf:Q4_0 onnx:int4 $(if $(CONVERTER),--converter $(CONVERTER))
+	$(BIN)/python benchmarks/export_memory.py --specs gguf:F16 gguf:Q4_0 onnx:int4,imatrix=no $(if $(CONVERTER),--converter $(CONVERTER))
 	$(BIN)/python -m benchmarks.onnx_int4 $(MODEL) --optimum $(OPTIMUM)/bin/python
 	$(BIN)/python -m benchmarks.real_cuts $(MODEL)
 	$(BIN)/python -m benchmarks.importance $(MODEL)

@@ -97,9 +97,15 @@ def settle(file: Path) -> None:
         os.fsync(stream.fileno())
 
 
+def spec_of(text: str) -> ExportSpec:
+    """A spec such as gguf:Q4_0, or with options as in onnx:int4,imatrix=no."""
+    target, *options = text.split(",")
+    return ExportSpec.parse(target, **dict(option.split("=", 1) for option in options))
+
+
 def export_here(request: Mapping[str, Any]) -> None:
-    """In the measured process: our exporter, by a spec such as gguf:Q4_0 or onnx:int4."""
-    spec = ExportSpec.parse(request["spec"])
+    """In the measured process: our exporter."""
+    spec = spec_of(request["spec"])
     checkpoint = Checkpoint.open(Path(request["checkpoint"]))
     exporter(spec.format).export(checkpoint, spec, Path(request["out"]))
 
@@ -157,7 +163,7 @@ def compare(
     checkpoint = Checkpoint.open(source)
     rows = {"cp": Row("cp, durable")}
     for spec in specs:
-        rows[spec] = Row(f"{spec}, ours", predicted(checkpoint, ExportSpec.parse(spec)))
+        rows[spec] = Row(f"{spec}, ours", predicted(checkpoint, spec_of(spec)))
     if converter is not None:
         rows["F16"] = Row("gguf:F16, llama.cpp's converter")
         rows[QUANTIZED] = Row(f"gguf:{QUANTIZED}, converter and quantizer")

@@ -2,9 +2,10 @@
 
     python -m benchmarks.onnx_int4 MODEL [--repeats 6] [--tokens 128] [--optimum PYTHON]
 
-Rows: ours from either builder's graph; onnxruntime-genai's own int4 builder; and, with the Python
-of an environment that has optimum-onnx (`make .venv-optimum/.dev`), its export rounded by
-onnxruntime's MatMulNBitsQuantizer. Decoding is timed in turn, every run in a process of its own:
+Rows: ours, rounded with importance (of 32 windows of the text's calibration part; distances are on
+its test part) and without, and from genai's graph; onnxruntime-genai's own int4 builder; and, with
+the Python of an environment that has optimum-onnx (`make .venv-optimum/.dev`), its export rounded
+by onnxruntime's MatMulNBitsQuantizer. Decoding is timed in turn, every run in a process of its own:
 compare the columns of one table, not tables of two runs.
 """
 
@@ -49,8 +50,16 @@ quantizer.model.save_model_to_file(out + "/model.onnx", use_external_data_format
 """
 
 
-def ours(checkpoint: Checkpoint, out: Path, **options: str) -> None:
-    exporter("onnx").export(checkpoint, ExportSpec.parse("onnx:int4", **options), out)
+CALIBRATION = (256, 32)
+"""Length and count of windows: what a recipe takes by default."""
+
+
+def ours(known: list[list[int]], **options: str) -> Callable[[Checkpoint, Path], None]:
+    def make(checkpoint: Checkpoint, out: Path) -> None:
+        spec = ExportSpec.parse("onnx:int4", **options)
+        exporter("onnx").export(checkpoint, spec, out, calibration=known)
+
+    return make
 
 
 def genai(checkpoint: Checkpoint, out: Path) -> None:
@@ -77,6 +86,22 @@ def distance(path: Path, tokens: Sequence[int], truth: Any) -> float:
     return float(np.mean(kl_divergence(truth, found)))
 
 
+def makers_of(
+    known: list[list[int]], python: str | None
+) -> dict[str, Callable[[Checkpoint, Path], None]]:
+    """The rows of the table; `python` is the environment with optimum-onnx."""
+    makers = {
+        "ours": ours(known, builder="mobius"),
+        "ours, imatrix=no": ours(known, builder="mobius", imatrix="no"),
+        "ours, genai's graph": ours(known, builder="genai"),
+        "genai's builder": genai,
+    }
+    if python is None:
+        print("no --optimum PYTHON: its row is left out", file=sys.stderr)
+        return makers
+    return {**makers, "optimum": optimum(python)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
@@ -85,19 +110,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--optimum", metavar="PYTHON")
     asked = parser.parse_args()
-    makers: dict[str, Callable[[Checkpoint, Path], None]] = {
-        "ours, mobius": lambda c, out: ours(c, out, builder="mobius"),
-        "ours, all int4": lambda c, out: ours(c, out, builder="mobius", head="int4", wide="none"),
-        "ours, genai's graph": lambda c, out: ours(c, out, builder="genai"),
-        "genai's builder": genai,
-    }
-    if asked.optimum:
-        makers["optimum"] = optimum(asked.optimum)
-    else:
-        print("no --optimum PYTHON: its row is left out", file=sys.stderr)
     with tempfile.TemporaryDirectory() as work:
         checkpoint = open_model(asked.model, Path(work) / "model")
         tokens = windows(checkpoint, asked.text, 2 * asked.tokens, 1)[0]
+        known = windows(checkpoint, asked.text, *CALIBRATION, "calibration")
+        makers = makers_of(known, asked.optimum)
         with open_session(checkpoint.path, "pytorch", threads=2, context_tokens=512) as session:
             truth = log_softmax(session.prefill(tokens, all_logits=True))
         folders, spent = {}, {}

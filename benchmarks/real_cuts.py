@@ -26,6 +26,7 @@ from shortstack.prune import PrunePlan, apply_plan
 from shortstack.prune.plan import parse_removal
 from shortstack.verification import Bounds
 
+CALIBRATION_WINDOWS = 8
 TARGETS = ("gguf:F16", "gguf:Q8_0", "onnx:fp32", "onnx:fp16", "onnx:int8", "onnx:int4")
 
 
@@ -55,7 +56,13 @@ def cut(original: Checkpoint, name: str, folder: Path) -> Checkpoint:
     return apply_plan(original, plan, folder)
 
 
-def prove(checkpoint: Checkpoint, work: Path, texts: list[list[int]], name: str) -> list[Artifact]:
+def prove(
+    checkpoint: Checkpoint,
+    work: Path,
+    texts: list[list[int]],
+    known: list[list[int]],
+    name: str,
+) -> list[Artifact]:
     """Export to every target, print a line of each artifact's figures."""
     reference = make_reference(checkpoint, texts, work / "reference.npy", threads=_cores())
     made = []
@@ -64,7 +71,7 @@ def prove(checkpoint: Checkpoint, work: Path, texts: list[list[int]], name: str)
         out.mkdir()
         spec = ExportSpec.parse(target)
         try:
-            artifact = exporter(spec.format).export(checkpoint, spec, out, calibration=texts)
+            artifact = exporter(spec.format).export(checkpoint, spec, out, calibration=known)
         except ShortstackError as refusal:
             print(f"| {name} | {target} | refused: {refusal} | | | |", flush=True)
             continue
@@ -93,12 +100,13 @@ def main() -> None:
         work = Path(folder)
         original = open_model(asked.model, work / "model")
         texts = windows(original, asked.text, asked.length, asked.windows)
+        known = windows(original, asked.text, asked.length, CALIBRATION_WINDOWS, "calibration")
         print("| cut | target | KL prefill | KL decode | top-1 | MB | proof |")
         print("|---|---|---|---|---|---|---|")
         kept: dict[str, Path] = {}
         for name in asked.cuts.split(",") if asked.cuts else cuts(original.n_layers):
             checkpoint = cut(original, name, work / f"pruned-{name}".replace(" ", "-"))
-            for artifact in prove(checkpoint, work, texts, name):
+            for artifact in prove(checkpoint, work, texts, known, name):
                 if name in ("none", "four attentions"):
                     kept[f"{artifact.spec.slug}, {name}"] = artifact.path
                 else:

@@ -14,41 +14,52 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from shortstack import child
 from shortstack.checkpoint import Checkpoint
 from shortstack.disk import disk_errors
+from shortstack.export.importance_file import read_channels
 from shortstack.export.onnx_attention import set_attention
 from shortstack.export.onnx_builders import choose
 from shortstack.export.onnx_config import genai_config, write_genai_config
 from shortstack.export.onnx_data import DataFile
 from shortstack.export.onnx_graph import bytes_per_token, forget_unused
 from shortstack.export.onnx_half import to_half
-from shortstack.export.onnx_quantize import Quantization, quantize
+from shortstack.export.onnx_quantize import Importance, Quantization, quantize
 from shortstack.export.onnx_removed import drop_removed
 from shortstack.export.onnx_tables import Tables, find_tables
+from shortstack.export.to_onnx import DATA, MODEL, SCRATCH
 
-MODEL, DATA = "model.onnx", "model.onnx.data"
 BITS = {"int8": 8, "int4": 4}
 
 
 def make_here(request: dict[str, Any]) -> dict[str, Any]:
     """Write model.onnx, its data and genai_config.json into the folder `out` of the request."""
     checkpoint, out = Checkpoint.open(Path(request["checkpoint"])), Path(request["out"])
-    scratch = out / ".scratch"
+    scratch = out / SCRATCH
     try:
         _, builder = choose(checkpoint, request["builder"])
         model = builder.build(checkpoint, scratch)
         set_attention(model, checkpoint, request["context"])
         drop_removed(model, checkpoint)
         tables = find_tables(model, checkpoint)
+        channels = request["importance"]
+        importance = Importance(read_channels(Path(channels))) if channels else None
         config = genai_config(model, checkpoint, request["context"])
         with disk_errors(out / DATA):
-            write(model, tables, out, request["precision"], request["chosen"])
+            write(model, tables, out, request["precision"], request["chosen"], importance)
             write_genai_config(config, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return {"weight_bytes_per_token": bytes_per_token(out / MODEL)}
+    return {
+        "weight_bytes_per_token": bytes_per_token(out / MODEL),
+        "unweighted": importance.missing if importance else [],
+    }
 
 
 def write(
-    model: ir.Model, tables: Tables, out: Path, precision: str, chosen: dict[str, str]
+    model: ir.Model,
+    tables: Tables,
+    out: Path,
+    precision: str,
+    chosen: dict[str, str],
+    importance: Importance | None,
 ) -> None:
     """Write the model, one tensor at a time, in a precision."""
     graph = model.graph
@@ -57,7 +68,8 @@ def write(
     report = _Report(_weights(graph))
     with DataFile(out / DATA) as data:
         if precision in BITS:
-            quantize(graph, tables, Quantization.of(BITS[precision], chosen), data, report)
+            how = Quantization.of(BITS[precision], chosen, importance)
+            quantize(graph, tables, how, data, report)
             RemoveUnusedNodesPass()(model)
         if precision == "fp16":
             to_half(graph)

@@ -15,8 +15,8 @@ from shortstack.artifact import ExportSpec
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.export import exporter, to_gguf
-from shortstack.export.importance import observe
-from shortstack.export.importance_file import read_importance
+from shortstack.export.importance import HEAD, observe
+from shortstack.export.importance_file import read_channels, read_importance
 
 MakeVariant = Callable[..., Checkpoint]
 FAMILIES = ("phi3", "smollm3", "gemma3-multimodal")
@@ -32,8 +32,9 @@ def windows(count: int, length: int) -> list[list[int]]:
 def test_squares_and_peaks_are_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_model(name, tmp_path / "model"))
     given = windows(3, 32)
-    seen = observe(checkpoint, given, tmp_path / "imatrix.gguf")
-    found = read_importance(tmp_path / "imatrix.gguf")
+    files = tmp_path / "imatrix.gguf", tmp_path / "imatrix.safetensors"
+    seen = observe(checkpoint, given, files[0], channels=files[1])
+    found, channels = read_importance(files[0]), read_channels(files[1])
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
     sums: dict[str, torch.Tensor] = {}
@@ -53,7 +54,7 @@ def test_squares_and_peaks_are_those_of_the_whole_model(name: str, tmp_path: Pat
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(watch(path))
     with torch.inference_mode():
-        decoder(input_ids=torch.tensor(given))
+        last = decoder(input_ids=torch.tensor(given)).last_hidden_state
     assert seen.n_tokens == 96
     assert seen.inputs.value == pytest.approx(peak, rel=1e-4)
     names = {
@@ -64,6 +65,10 @@ def test_squares_and_peaks_are_those_of_the_whole_model(name: str, tmp_path: Pat
     assert {names[path] for path in sums} == set(found)
     for path, expected in sums.items():
         np.testing.assert_allclose(found[names[path]], expected.numpy(), rtol=1e-3, atol=1e-7)
+        np.testing.assert_allclose(channels[path], found[names[path]], rtol=1e-5)
+    head = last.reshape(-1, last.shape[-1]).double().square().mean(0).numpy()
+    np.testing.assert_allclose(channels[HEAD], head, rtol=1e-3)
+    assert len(channels) == len(found) + 1
 
 
 def test_weighing_channels_brings_quantized_weights_nearer(

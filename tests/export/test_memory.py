@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,30 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def export_here(request: dict[str, Any]) -> dict[str, Any]:
     """In a child, which holds nothing of the tests."""
     checkpoint = Checkpoint.open(Path(request["model"]))
-    spec = ExportSpec.parse(request["spec"])
+    spec = ExportSpec.parse(request["spec"], **request["options"])
     format_ = exporter(spec.format)
     with measured() as meter:
-        format_.export(checkpoint, spec, Path(request["out"]))
+        format_.export(checkpoint, spec, Path(request["out"]), calibration=request["windows"])
     predicted = format_.predict(checkpoint, spec)
     return against(meter.footprint, predicted.get("writing_ram_bytes", predicted["peak_ram_bytes"]))
 
 
-def run_export(checkpoint: Checkpoint, target: str, out: Path) -> dict[str, Any]:
+def run_export(
+    checkpoint: Checkpoint,
+    target: str,
+    out: Path,
+    windows: Sequence[Sequence[int]] = (),
+    **options: str,
+) -> dict[str, Any]:
     return child.call(
         "tests.export.test_memory:export_here",
-        {"model": str(checkpoint.path), "spec": target, "out": str(out)},
+        {
+            "model": str(checkpoint.path),
+            "spec": target,
+            "options": options,
+            "out": str(out),
+            "windows": windows,
+        },
         timeout_s=300,
         what="the export",
         env={"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
@@ -66,7 +79,20 @@ def test_no_tensor_is_held_whole_and_the_prediction_holds(
 def test_onnx_holds_one_tensor_and_what_builds_the_graph(
     precision: str, wide: Checkpoint, tmp_path: Path
 ) -> None:
-    facts = run_export(wide, f"onnx:{precision}", tmp_path)
+    blind = {"imatrix": "no"} if precision == "int4" else {}
+    facts = run_export(wide, f"onnx:{precision}", tmp_path, (), **blind)
+    assert facts["peak_anon_bytes"] < facts["predicted_peak_bytes"]
+    assert facts["predicted_peak_bytes"] < 2 * facts["peak_anon_bytes"]
+
+
+@linux
+def test_rounding_with_importance_takes_what_is_foretold(tmp_path: Path) -> None:
+    """The pass over the text, which takes most, and the parts that are rounded."""
+    folder = tmp_path / "model"
+    make_synthetic(folder, "tiny", num_hidden_layers=1, hidden_size=512, intermediate_size=16384)
+    windows = [[(7 * i + 13 * row) % 500 for i in range(256)] for row in range(8)]
+    (tmp_path / "out").mkdir()
+    facts = run_export(Checkpoint.open(folder), "onnx:int4", tmp_path / "out", windows)
     assert facts["peak_anon_bytes"] < facts["predicted_peak_bytes"]
     assert facts["predicted_peak_bytes"] < 2 * facts["peak_anon_bytes"]
 

@@ -14,6 +14,7 @@ import pytest
 import transformers
 from numpy.typing import NDArray
 from tests.agreement import TOKENS, distance, run
+from tests.columns import mismatches
 from tests.zoo import NAMES, make_model
 
 from shortstack.artifact import ExportSpec
@@ -124,6 +125,26 @@ def test_removed_sub_blocks_leave_the_graph(name: str, precision: str, tmp_path:
         size = (made.path / "model.onnx.data").stat().st_size
         layer = 4 * (original.n_params - 2 * 512 * 64) // original.n_layers
         assert size < 4 * original.n_params - layer
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_matrix_finds_the_importance_of_what_it_reads(name: str, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(make_model(name, tmp_path / "model"))
+    count, wrong = mismatches(checkpoint, onnx_optimum.build(checkpoint, tmp_path / "scratch"))
+    assert count >= 4 * checkpoint.n_layers
+    assert not wrong
+
+
+@pytest.mark.usefixtures("no_children")
+@pytest.mark.parametrize("name", ["llama", "phi4-mini", "gemma3"])
+def test_int4_is_rounded_by_importance(name: str, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(make_model(name, tmp_path / "model"))
+    (tmp_path / "out").mkdir()
+    spec = ExportSpec.parse("onnx:int4")
+    made = to_onnx.export(checkpoint, spec, tmp_path / "out", calibration=[TOKENS])
+    assert any("importance from 64 tokens" in note for note in made.notes)
+    assert not any("without importance" in note for note in made.notes)
+    assert distance(run(made.path, "onnxruntime"), run(checkpoint.path, "pytorch")) < 0.5
 
 
 def test_inputs_and_outputs_are_those_of_the_contract(tmp_path: Path) -> None:
