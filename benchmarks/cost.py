@@ -44,7 +44,9 @@ def make(folder: Path, n_layers: int) -> None:
 def windows(count: int) -> list[list[int]]:
     import torch
 
-    drawn = torch.randint(SHAPE["vocab_size"], (count, WINDOW), generator=torch.manual_seed(1))
+    drawn = torch.randint(
+        SHAPE["vocab_size"], (count, WINDOW), generator=torch.manual_seed(1), device="cpu"
+    )
     rows: list[list[int]] = drawn.tolist()
     return rows
 
