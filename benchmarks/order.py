@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-GATE = 1000.0
-"""Perplexity ratio below which an export is kept: the losses are what is measured here."""
+from shortstack.artifact import ExportSpec
+from shortstack.export import exporter
+from shortstack.intake import open_model
 
 
 def shortstack(*arguments: object) -> dict[str, Any]:
@@ -51,11 +53,15 @@ def cut(asked: argparse.Namespace, source: Path | str, drop: int, out: Path) -> 
 
 
 def gguf(asked: argparse.Namespace, source: Path | str, kind: str, out: Path) -> Path:
-    """A model as one GGUF file."""
+    """A model as one GGUF file, not compared with it: the losses are what is measured here."""
     folder = out / kind
     if not folder.is_dir():
-        to = ("--to", f"gguf:{kind}", "--text", asked.text, "--max-perplexity-ratio", GATE)
-        shortstack("export", source, *to, "-o", folder)
+        checkpoint = open_model(str(source), out / "opened")
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        exporter("gguf").export(checkpoint, ExportSpec.parse(f"gguf:{kind}"), partial)
+        partial.rename(folder)
     return next(folder.glob("*.gguf"))
 
 
