@@ -83,7 +83,10 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
             (Path(work) / name).mkdir()
         cut = apply_plan(checkpoint, plan, Path(work) / "cut")
         settings = HealSettings(
-            tokens=asked.tokens, window_tokens=WINDOW, batch_windows=asked.batch, device="auto"
+            tokens=asked.tokens,
+            window_tokens=WINDOW,
+            batch_windows=asked.batch,
+            device="cpu" if asked.device == "cpu" else "auto",
         )
         train = windows(max(1, asked.tokens // WINDOW))
         _, facts = heal(cut, checkpoint, train, windows(2), Path(work) / "out", settings)

@@ -252,6 +252,14 @@ def run_all(asked: argparse.Namespace, tasks: list[list[str]]) -> None:
         time.sleep(0.2)
 
 
+def open_original(model: str, out: Path) -> None:
+    """Have the model as OUT/model, a folder, or a link where it is a folder elsewhere."""
+    if not (out / "model" / "config.json").is_file():
+        opened = open_model(model, out / "model")
+        if opened.path != out / "model":
+            (out / "model").symlink_to(opened.path.resolve())
+
+
 def table(asked: argparse.Namespace) -> None:
     file = asked.out / "full.json"
     rows = [("full model", "", json.loads(file.read_text(encoding="utf-8")))]
@@ -306,10 +314,7 @@ def main() -> None:
     if asked.task:
         run_task(asked)
         return
-    if not (asked.out / "model" / "config.json").is_file():
-        opened = open_model(asked.model, asked.out / "model")
-        if opened.path != asked.out / "model":
-            (asked.out / "model").symlink_to(opened.path.resolve())
+    open_original(asked.model, asked.out)
     shares = len(asked.devices) if asked.sampled else 0
     first = [["sample", str(n), str(shares)] for n in range(shares)]
     run_all(asked, [t for t in first if not (asked.out / f"sampled-{t[1]}.safetensors").is_file()])

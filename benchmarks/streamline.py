@@ -22,10 +22,17 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from benchmarks.depth import CALIBRATION, CHOICES, parts, score, training_windows, windows
+from benchmarks.depth import (
+    CALIBRATION,
+    CHOICES,
+    open_original,
+    parts,
+    score,
+    training_windows,
+    windows,
+)
 
 from shortstack.checkpoint import Checkpoint
-from shortstack.intake import open_model
 from shortstack.prune import apply_plan
 from shortstack.prune.heal.settings import HealSettings
 
@@ -180,8 +187,7 @@ def main() -> None:
     if asked.one:
         run_one(asked.one, asked)
         return
-    if not (asked.out / "model" / "config.json").is_file():
-        open_model(asked.model, asked.out / "model")
+    open_original(asked.model, asked.out)
     run_all(asked)
     table(asked)
 

@@ -20,7 +20,13 @@ EXPORTERS: dict[str, str] = {
 
 
 class Exporter(Protocol):
-    """What a module in EXPORTERS offers."""
+    """What a module in EXPORTERS offers.
+
+    `REVISION` is one more where the same spec gives other weights than before: a finished export
+    of an earlier one is made again.
+    """
+
+    REVISION: int
 
     def check(self, checkpoint: Checkpoint, spec: ExportSpec) -> None:
         """Raise ShortstackError for a spec it cannot realise exactly; costs nothing."""

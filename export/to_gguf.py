@@ -37,6 +37,7 @@ from shortstack.footprint import PROCESS_BYTES
 from shortstack.gguf_header import GGML_TYPES, read_header
 from shortstack.progress import OnProgress, silent
 
+REVISION = 1
 LIBRARIES_BYTES = 12_000_000
 """gguf and numpy, where nothing needed them before."""
 

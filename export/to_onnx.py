@@ -23,6 +23,7 @@ from shortstack.families import check_rope, rope_parameters
 from shortstack.footprint import PROCESS_BYTES
 from shortstack.progress import OnProgress, silent
 
+REVISION = 2  # 2: int4 is rounded for the inputs that calibration text makes
 MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "genai_config.json"
 SCRATCH = ".scratch"
 TIMEOUT_S = 24 * 3600.0
@@ -77,7 +78,12 @@ both 0.13. Without: all int4 0.37; head and down int8 0.18.
 
 
 def settings(spec: ExportSpec) -> dict[str, str]:
-    """The options in force: the precision's defaults, overridden by the spec's."""
+    """The options in force: the precision's defaults, overridden by the spec's.
+
+    Raises ShortstackError for a precision that is not there.
+    """
+    if spec.precision not in PRECISIONS:
+        raise unknown("ONNX precision", spec.precision, PRECISIONS)
     given = {name: value for name, value in spec.options if name != "builder"}
     blind = BLIND if given.get("imatrix") == "no" else {}
     return {**dict(PRECISIONS[spec.precision].defaults), **blind, **given}
@@ -85,8 +91,7 @@ def settings(spec: ExportSpec) -> dict[str, str]:
 
 def check(checkpoint: Checkpoint, spec: ExportSpec) -> None:
     require(("onnx_ir", "onnxruntime"), "onnx", "the export to ONNX")
-    if spec.precision not in PRECISIONS:
-        raise unknown("ONNX precision", spec.precision, PRECISIONS)
+    chosen = settings(spec)
     check_rope(checkpoint.text, ROTATIONS)
     allowed = {"builder": AUTO, **dict(PRECISIONS[spec.precision].defaults)}
     for option, value in spec.options:
@@ -99,7 +104,7 @@ def check(checkpoint: Checkpoint, spec: ExportSpec) -> None:
                 f"{spec.precision} has no option {option!r}; it has: {', '.join(allowed)}. "
                 "Leave it out."
             )
-    block = int(settings(spec).get("block", "1"))
+    block = int(chosen.get("block", "1"))
     for width in (checkpoint.dims["d"], checkpoint.dims["q"], checkpoint.dims["ff"]):
         if width % block:
             raise ShortstackError(

@@ -11,6 +11,7 @@ import pytest
 from tests.command_line import fails, write_recipe
 
 from shortstack.cli import main
+from shortstack.export import to_gguf
 from shortstack.manifest import read_manifest
 
 COMMANDS = (
@@ -153,6 +154,21 @@ def test_a_dry_run_writes_nothing(
     ):
         assert main([*args, "-o", str(out), "--dry-run"]) == 0
     assert not out.exists()
+
+
+def test_an_export_of_an_earlier_revision_is_made_again(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, keys = tmp_path / "out", []
+    for revision in (to_gguf.REVISION, to_gguf.REVISION, to_gguf.REVISION + 1):
+        monkeypatch.setattr(to_gguf, "REVISION", revision)
+        command = ["export", str(tiny), "--to", "gguf:Q8_0", "--threads", "1", "-o", str(out)]
+        assert main([*command, "-q"]) == 0
+        manifest = read_manifest(out)
+        assert manifest is not None
+        keys.append((manifest["key"], (out / "shortstack.json").stat().st_mtime_ns))
+    assert keys[0] == keys[1]
+    assert keys[1][0] != keys[2][0]
 
 
 def test_stage_by_stage(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

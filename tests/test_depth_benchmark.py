@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks.depth import BEGINNING, GENERAL, LENGTH, main, windows
+from benchmarks import streamline
+from benchmarks.depth import BEGINNING, CHOICES, GENERAL, LENGTH, main, windows
 from safetensors.numpy import load_file
 
 from shortstack.checkpoint import Checkpoint
@@ -46,3 +47,19 @@ def test_two_processes_share_the_sampling(
         mine = tokens[:, :BEGINNING].tolist()
         again = sampled_windows(original, mine, LENGTH, len(mine), seed=seed, device="cpu")
         assert tokens.tolist() == again
+
+
+def test_streamline_opens_a_model_that_is_a_folder(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All rows are there already: what is left is to open the model and print the table."""
+    out = tmp_path / "out"
+    out.mkdir()
+    figures = dict.fromkeys(("selection", "test", "unseen", *CHOICES), {"estimate": 1.0})
+    row = json.dumps({"training": {}, "scores": figures})
+    (out / "streamline-full-8.json").write_text(row, encoding="utf-8")
+    words = ["streamline", str(tiny), "--data", str(tmp_path), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*words, "--kinds", "full"])
+    streamline.main()
+    assert "| full | 1.0 |" in capsys.readouterr().out
+    assert Checkpoint.open(out / "model").sha256 == Checkpoint.open(tiny).sha256

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 from tests.test_pipeline import Recorder, recipe
 
-from shortstack import pipeline
+from shortstack import mend, pipeline, steps
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.manifest import read_manifest
+from shortstack.prune import PrunePlan
+from shortstack.run_folder import RunFolder
+from shortstack.text import open_corpus
 
 HEAL = {"tokens": 4096, "window_tokens": 64, "batch_windows": 8, "learning_rate": 1e-3}
 ONE = {"export": [{"to": "gguf:F16"}]}
@@ -77,8 +80,6 @@ def test_what_cannot_be_done_is_refused_before_anything_is_cut(
 
 
 def test_general_text_that_holds_test_text_is_a_leak(tiny: Path, tmp_path: Path) -> None:
-    from shortstack.text import open_corpus
-
     corpus = open_corpus("spdx")
     files = {}
     for part in ("calibration", "selection", "test"):
@@ -88,3 +89,18 @@ def test_general_text_that_holds_test_text_is_a_leak(tiny: Path, tmp_path: Path)
     wanted = recipe(tiny, **ONE, text=files, heal={**HEAL, "general": files["test"]})
     with pytest.raises(ShortstackError, match="general text share .* a leak"):
         pipeline.run(wanted, tmp_path / "out", Recorder())
+
+
+def test_other_words_in_the_general_text_heal_again(tiny: Path, tmp_path: Path) -> None:
+    original, corpus, display = Checkpoint.open(tiny), open_corpus("spdx"), Recorder()
+    file = tmp_path / "general.txt"
+    wanted = recipe(tiny, **ONE, heal={**HEAL, "tokens": 512, "general": str(file)})
+    plan = PrunePlan(original.n_layers, (2, 3), "explicit")
+    with RunFolder.claim(tmp_path / "out", {}, display) as folder:
+        cut = steps.cut(folder, original, plan)
+        for word in ("work", "work", "copy"):
+            documents = [f"Document {at}: " + f"{word} of the licence " * 30 for at in range(30)]
+            file.write_text("\n\n".join(documents), encoding="utf-8")
+            mend.mended(folder, wanted, original, cut, plan, corpus)
+    assert display.steps.count("Heal the cut") == 2
+    assert display.notes.count("Heal the cut: unchanged, kept") == 1

@@ -188,8 +188,8 @@ def export(
         require_space(out, expected["disk_bytes"] + preview.materialised_bytes)
     corpus = open_corpus(text)
     with opened(model, out, display) as checkpoint:
-        inputs = {"model": checkpoint.sha256, "text": corpus.sha256, "export": wanted.model_dump()}
-        key = step_key("export", inputs)
+        exporter(spec.format).check(checkpoint, spec)  # of a hub model nothing was known before
+        key = step_key("export", steps.export_inputs(checkpoint, wanted, corpus))
         kept = finished(out, key)
         if kept is None:
             with staged(out, "export") as partial:

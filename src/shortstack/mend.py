@@ -93,6 +93,7 @@ def _heal(
         "text": corpus.sha256,
         "heal": choice.model_dump(),
         "seed": recipe.seed,
+        **({"general": open_corpus(choice.general).sha256} if choice.general else {}),
     }
     state = folder.path / "pruned" / ".healing"
     """A killed run goes on from what it saved here."""

@@ -187,9 +187,7 @@ def export(
     bounds = Bounds.of(wanted.spec, max_perplexity_ratio=wanted.max_perplexity_ratio)
     name = f"{label}/{wanted.spec.slug}"
     inputs = {
-        "model": checkpoint.sha256,
-        "text": corpus.sha256,
-        "export": wanted.model_dump(),
+        **export_inputs(checkpoint, wanted, corpus),
         "verify": recipe.verify.model_dump(),
         "calibration": recipe.calibration.model_dump(),
     }
@@ -240,6 +238,16 @@ def export(
         manifest["verification"],
         manifest["bounds"],
     )
+
+
+def export_inputs(checkpoint: Checkpoint, wanted: ExportRecipe, corpus: Corpus) -> dict[str, Any]:
+    """What decides an export, beside how it is calibrated and checked."""
+    return {
+        "model": checkpoint.sha256,
+        "text": corpus.sha256,
+        "export": wanted.model_dump(),
+        "revision": exporter(wanted.spec.format).REVISION,
+    }
 
 
 def export_and_certify(

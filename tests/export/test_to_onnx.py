@@ -138,6 +138,11 @@ def test_a_spec_it_cannot_realise_is_refused(
         exporter("onnx").check(checkpoint, wanted)
 
 
+def test_an_unknown_precision_is_refused_where_text_is_asked_for(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ShortstackError, match="Did you mean 'int4'"):
+        to_onnx.calibrates(checkpoint, spec("int-4"))
+
+
 def test_importance_brings_all_int4_nearer(
     make_variant: MakeVariant, tokens: list[int], distance: Distance, tmp_path: Path
 ) -> None:
