@@ -36,7 +36,8 @@ def quantize_rows(
     codes = np.empty((rows, width // block, block * bits // 8), np.uint8)
     scales = np.empty((rows, width // block), np.float32)
     weights = None if importance is None else _relative(importance).reshape(-1, block)
-    threads = os.cpu_count() or 1
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = threads or 1
     step = max(1, min(PART, ROUNDED_AT_ONCE // threads) // width)
 
     def work(begin: int) -> None:

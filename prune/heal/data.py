@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,11 +76,18 @@ def healing_windows(
     if general is None:
         return train, selection[:selection_windows]
     wanted = settings.steps * settings.batch_windows
-    train = mix(train, cut(general.train, "general training"), share, wanted)
+    other = cut(general.train, "general training")
+    train = mix(drawn(train, settings.seed), drawn(other, settings.seed), share, wanted)
     if not general.selection:
         return train, selection[:selection_windows]
     half = max(1, selection_windows // 2)
     return train, [*selection[:half], *cut(general.selection, "general selection")[:half]]
+
+
+def drawn(windows: Sequence[list[int]], seed: int) -> list[list[int]]:
+    """All windows in the order that a seed draws them: those that a budget leaves out are not
+    always the last of the text."""
+    return random.Random(seed).sample(windows, len(windows))
 
 
 def _check_disjoint(own: Documents, general: Documents) -> None:

@@ -18,7 +18,7 @@ from shortstack.errors import ShortstackError, require
 from shortstack.intake import model_paths, resolve
 from shortstack.manifest import check_apart, check_ours, finished, staged, step_key, write_manifest
 from shortstack.progress import Display
-from shortstack.prune.heal.data import healing_windows, read_documents
+from shortstack.prune.heal.data import drawn, healing_windows, read_documents
 from shortstack.prune.heal.settings import HealSettings
 from shortstack.tokens import Encoder
 
@@ -230,7 +230,8 @@ def windows_for(
         share=text.share,
         selection_windows=text.selection_windows,
     )
-    return train[: settings.steps * settings.batch_windows], selection
+    wanted = settings.steps * settings.batch_windows
+    return drawn(train, settings.seed)[:wanted], selection
 
 
 def _folder(model: str) -> Checkpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,18 @@ def test_a_folder_of_splits(tmp_path: Path) -> None:
     found = read_documents([str(tmp_path)])
     assert found.train == ("learn this", "and this")
     assert found.selection == ("choose on this",)
+
+
+def test_a_small_budget_draws_from_all_of_the_text(tmp_path: Path, cut: Checkpoint) -> None:
+    rows(tmp_path / "train.jsonl", [f"{at} " * 99 for at in range(30)])
+    rows(tmp_path / "validation.jsonl", ["chosen " + "word " * 99])
+    rows(tmp_path / "test.jsonl", ["reported " + "word " * 99])
+    text, small = HealText((str(tmp_path),)), settings(tokens=2 * LENGTH, batch_windows=2)
+    everything, _ = windows_for(cut, text, settings(tokens=10**6))
+    found = [windows_for(cut, text, replace(small, seed=seed))[0] for seed in range(4)]
+    assert all(len(few) == 2 and all(w in everything for w in few) for few in found)
+    assert len({tuple(map(tuple, few)) for few in found}) == 4
+    assert windows_for(cut, text, small)[0] == found[small.seed]
 
 
 def test_leaks_are_refused(tmp_path: Path, cut: Checkpoint) -> None:
