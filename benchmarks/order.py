@@ -20,9 +20,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.depth import open_original
+
 from shortstack.artifact import ExportSpec
+from shortstack.checkpoint import Checkpoint
 from shortstack.export import exporter
-from shortstack.intake import open_model
 
 
 def shortstack(*arguments: object) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def gguf(asked: argparse.Namespace, source: Path | str, kind: str, out: Path) ->
     """A model as one GGUF file, not compared with it: the losses are what is measured here."""
     folder = out / kind
     if not folder.is_dir():
-        checkpoint = open_model(str(source), out / "opened")
+        checkpoint = Checkpoint.open(Path(source))
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -80,6 +82,8 @@ def main() -> None:
     parser.add_argument("--first", nargs="*", default=["Q4_0"])
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
+    open_original(asked.model, asked.out)
+    asked.model = str(asked.out / "model")
     files: dict[str, Path] = {}
     for kind in asked.types:
         files[f"original {kind}"] = gguf(asked, asked.model, kind, asked.out / "original")
