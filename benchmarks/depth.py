@@ -2,7 +2,7 @@
 
     python -m benchmarks.depth MODEL --data DIR --out OUT [--methods repaired greedy influence]
         [--depths 4 8 12 15] [--tokens 5000000] [--rate 1e-3] [--sampled 3000000]
-        [--devices cuda:0 cuda:1] [--jobs 2] [--test]
+        [--states cut repaired healed] [--devices cuda:0 cuda:1] [--jobs 2] [--test]
 
 Layers are chosen, repaired and healed on three quarters of WikiText-2's validation articles, on
 train rows of other sets, and on text that the full model samples itself; what is kept is chosen on
@@ -183,7 +183,7 @@ def cell(asked: argparse.Namespace, method: str, depth: int) -> None:
     seconds["choose"] = time.perf_counter() - began
     found: dict[str, Any] = {"method": method, "depth": depth, "drop": list(plan.drop)}
     states = {"cut": apply_plan(original, plan, _empty(work / "cut"))}
-    if asked.repair != "none":
+    if "repaired" in asked.states:
         began = time.perf_counter()
         given = (original, states["cut"], plan, windows(original, texts["own"], 256)[:32])
         states["repaired"], facts = on(
@@ -192,24 +192,24 @@ def cell(asked: argparse.Namespace, method: str, depth: int) -> None:
         )
         seconds["repair"] = time.perf_counter() - began
         found["repair"] = facts
-    settings = HealSettings(
-        tokens=asked.tokens,
-        window_tokens=LENGTH,
-        batch_windows=asked.batch,
-        learning_rate=asked.rate,
-        loss="kl",
-        device="auto",
-        train=asked.train,
-    )
-    states["healed"], facts = heal(
-        states[asked.heal_from],
-        original,
-        training_windows(asked, original),
-        selection[:64],
-        _empty(work / "healed"),
-        settings,
-    )
-    found["heal"] = facts
+    if "healed" in asked.states:
+        settings = HealSettings(
+            tokens=asked.tokens,
+            window_tokens=LENGTH,
+            batch_windows=asked.batch,
+            learning_rate=asked.rate,
+            loss="kl",
+            device="auto",
+            train=asked.train,
+        )
+        states["healed"], found["heal"] = heal(
+            states[asked.heal_from],
+            original,
+            training_windows(asked, original),
+            selection[:64],
+            _empty(work / "healed"),
+            settings,
+        )
     for name, checkpoint in states.items():
         found[name] = score(checkpoint, asked, device)
     found["seconds"] = seconds
@@ -301,6 +301,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--train", default="all")
     parser.add_argument("--repair", default="folded")
+    parser.add_argument("--states", nargs="+", choices=STATES, default=STATES)
     parser.add_argument("--heal-from", choices=STATES[:2], default="cut")
     parser.add_argument("--devices", nargs="+", default=["cpu"])
     parser.add_argument("--jobs", type=int, default=1, help="processes on a device at a time")

@@ -1,22 +1,26 @@
 """Fewer layers or fewer bits, and which first: perplexity against file size.
 
     python -m benchmarks.order MODEL --text T --test ROWS.jsonl --out OUT [--drop 4 8]
-        [--tokens 12288] [--types Q8_0 Q6_K Q5_K_M Q4_K_M Q4_0 Q3_K_M] [--first Q4_0]
+        [--general G ...] [--tokens 12288] [--jobs 1] [--first Q4_0]
+        [--types Q8_0 Q6_K Q5_K_M Q4_K_M Q4_0 Q3_K_M]
 
 Every model as every GGUF type: the original (fewer bits, no pruning), and for each of `--drop` a
-run of neighbours cut out, bare and healed on T towards the original. For each type of `--first` the
-other order, too: the original quantized, opened again, cut, healed towards the original, quantized
-again as the same type. Files are scored in llama.cpp on the same windows of ROWS, which are of
-neither T nor anything else that was fitted on. Steps are kept in OUT when the command is run again.
+run of neighbours cut out, bare and healed on T (and G) towards the original. For each type of
+`--first` the other order, too: the original quantized, opened again, cut, healed towards the
+original, quantized again as the same type. Files are scored in llama.cpp on the same windows of
+ROWS, which are of neither T nor anything else that was fitted on. Steps are kept in OUT when the
+command is run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +42,28 @@ def shortstack(*arguments: object) -> dict[str, Any]:
 def cut(asked: argparse.Namespace, source: Path | str, drop: int, out: Path) -> tuple[Path, Path]:
     """A bare cut of a model by the plan made on the original, and the same healed."""
     bare, healed = out / "bare", out / "healed"
-    plan = asked.out / f"plan-{drop}.json"
-    if not plan.is_file():
-        how = ("--drop", drop, "--method", "cosine-run", "--text", asked.text)
-        shortstack("plan", asked.model, *how, "-o", plan)
     if not bare.is_dir():
-        shortstack("prune", source, "--plan", plan, "-o", bare)
+        shortstack("prune", source, "--plan", plan_of(asked, drop), "-o", bare)
     if not healed.is_dir():
-        budget = ("--tokens", asked.tokens, "--rate", asked.rate, "--window-tokens", 256)
-        steps = ("--batch-windows", 2, "--eval-steps", 10**6)
+        general = [word for name in asked.general for word in ("--general", name)]
+        budget = ("--tokens", asked.tokens, "--rate", asked.rate)
+        steps = ("--window-tokens", asked.window_tokens, "--batch-windows", asked.batch_windows)
         shortstack(
-            *("heal", bare, "--teacher", asked.model, "--text", asked.text),
-            *(*budget, *steps, "-o", healed),
+            *("heal", bare, "--teacher", asked.model, "--text", asked.text, *general),
+            *(*budget, *steps, "--eval-steps", asked.eval_steps, "-o", healed),
         )
     return bare, healed
 
 
-def gguf(asked: argparse.Namespace, source: Path | str, kind: str, out: Path) -> Path:
+def plan_of(asked: argparse.Namespace, drop: int) -> Path:
+    plan: Path = asked.out / f"plan-{drop}.json"
+    if not plan.is_file():
+        how = ("--drop", drop, "--method", "cosine-run", "--text", asked.text)
+        shortstack("plan", asked.model, *how, "-o", plan)
+    return plan
+
+
+def gguf(source: Path | str, kind: str, out: Path) -> Path:
     """A model as one GGUF file, not compared with it: the losses are what is measured here."""
     folder = out / kind
     if not folder.is_dir():
@@ -67,7 +76,12 @@ def gguf(asked: argparse.Namespace, source: Path | str, kind: str, out: Path) ->
     return next(folder.glob("*.gguf"))
 
 
-def main() -> None:
+def digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("--text", required=True, help="to choose and heal on")
@@ -76,36 +90,52 @@ def main() -> None:
     parser.add_argument("--drop", nargs="+", type=int, default=[4, 8])
     parser.add_argument("--tokens", type=int, default=12288)
     parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--general", nargs="*", default=[], help="other text to heal on")
+    parser.add_argument("--window-tokens", type=int, default=256)
+    parser.add_argument("--batch-windows", type=int, default=2)
+    parser.add_argument("--eval-steps", type=int, default=10**6)
+    parser.add_argument("--jobs", type=int, default=1, help="models healed at a time")
     parser.add_argument("--windows", type=int, default=32)
     types = ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M"]
     parser.add_argument("--types", nargs="+", default=types)
     parser.add_argument("--first", nargs="*", default=["Q4_0"])
-    asked = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    asked = options()
     asked.out.mkdir(parents=True, exist_ok=True)
     open_original(asked.model, asked.out)
     asked.model = str(asked.out / "model")
     files: dict[str, Path] = {}
     for kind in asked.types:
-        files[f"original {kind}"] = gguf(asked, asked.model, kind, asked.out / "original")
+        files[f"original {kind}"] = gguf(asked.model, kind, asked.out / "original")
+    wanted: dict[str, tuple[str | Path, int, Path]] = {}
     for drop in asked.drop:
-        bare, healed = cut(asked, asked.model, drop, asked.out / f"cut-{drop}")
-        for kind in asked.types:
-            for name, model in (("bare", bare), ("healed", healed)):
-                title = f"{drop} dropped, {name}, {kind}"
-                files[title] = gguf(asked, model, kind, asked.out / f"cut-{drop}-{name}")
+        plan_of(asked, drop)
+        wanted[f"{drop} dropped"] = (asked.model, drop, asked.out / f"cut-{drop}")
         for kind in asked.first:
-            source = files[f"original {kind}"]
-            _, healed = cut(asked, source, drop, asked.out / f"{kind}-first-{drop}")
-            again = gguf(asked, healed, kind, asked.out / f"{kind}-first-{drop}")
-            files[f"{kind} first, {drop} dropped, healed, {kind}"] = again
+            title = f"{kind} first, {drop} dropped"
+            wanted[title] = (files[f"original {kind}"], drop, asked.out / f"{kind}-first-{drop}")
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        made = dict(zip(wanted, pool.map(lambda w: cut(asked, *w), wanted.values()), strict=True))
+    for title, (bare, healed) in made.items():
+        first = title.partition(" first")[0]
+        for kind in [first] if first in asked.first else asked.types:
+            for model in (bare, healed):
+                folder = model.with_name(f"{model.name}-gguf")
+                files[f"{title}, {model.name}, {kind}"] = gguf(model, kind, folder)
+    digests = {title: digest(file) for title, file in files.items()}
+    once = {digests[title]: file for title, file in files.items()}  # what eval takes for one model
     told = shortstack(
-        *("eval", *files.values(), "--text", asked.test, "--limit", asked.windows),
+        *("eval", *once.values(), "--text", asked.test, "--limit", asked.windows),
         *("-o", asked.out / "eval"),
     )
-    found = [row["summary"]["perplexity"] for row in told["results"]]
-    order = sorted(zip(files.items(), found, strict=True), key=lambda p: p[0][1].stat().st_size)
+    perplexities = [row["summary"]["perplexity"] for row in told["results"]]
+    found = dict(zip(once, perplexities, strict=True))
     print("| file | MB | perplexity (95 %) |\n|---|---:|---:|")
-    for (title, file), value in order:
+    for title, file in sorted(files.items(), key=lambda item: item[1].stat().st_size):
+        value = found[digests[title]]
         interval = f"{value['low']:.2f} to {value['high']:.2f}"
         print(
             f"| {title} | {file.stat().st_size / 1e6:.1f} | {value['estimate']:.2f} ({interval}) |"

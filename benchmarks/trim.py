@@ -2,14 +2,16 @@
 
     python benchmarks/trim.py MODEL --data DIR [--sets finance/financial_phrasebank ...]
         [--seeds 0 1 2] [--modes full progressive one-shot] [--set ratio=1 score=scan ...]
-        [--device cuda] [--jobs 3] [--limit ROWS] [--name NAME] [--out trim-results]
+        [--devices cuda:0 cuda:1] [--jobs 4] [--limit ROWS] [--units 60] [--name NAME] [--out OUT]
 
 DIR holds DOMAIN/SET/{train,validation,test}.jsonl[.gz] with questions. Tuned on train, scanned on
 150 rows of validation, tested once on test. A set without train divides its validation once, one
 with fewer than 100 validation rows gives the rest from train; contexts are left out where the test
 rows have none. Off-domain sets that DIR lacks are left out. Each run is a process of its own and
 writes OUT/NAME.SET.MODE.SEED.json; one that is there is kept, and the table is made of all that are
-there. `--set` changes any field of Settings. All modes tune on the same number of rows.
+there. `--set` changes any field of Settings. All modes tune on the same number of rows. `--jobs`
+runs share a device. Where MODEL was cut before, `--units` says how many sub-blocks it had: the
+shares of `--keep` and of the table are shares of those.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 from shortstack.questions import Question, open_questions
@@ -100,7 +103,7 @@ def run_one(job: dict[str, Any]) -> None:
     start = time.perf_counter()
     data, path = Path(job["data"]), Path(job["model"])
     fields = {**DEFAULTS, **job["settings"], "mode": job["mode"], "seed": job["seed"]}
-    settings = Settings(**{**fields, "snapshots": tuple(fields["snapshots"])})
+    settings = Settings(**{**fields, "snapshots": shares(fields["snapshots"], job)})
     parts = Parts(*map(tuple, divided(data, job["set"], job["limit"])))
     if "epochs" not in job["settings"] and 2 * len(parts.tune) <= settings.rows_per_epoch:
         settings = dataclasses.replace(settings, epochs=2)  # a round of a small set is short
@@ -124,7 +127,7 @@ def run_one(job: dict[str, Any]) -> None:
             encoder,
             parts,
             settings,
-            Target(keep=job["keep"]),
+            Target(keep=shares([job["keep"]], job)[0]),
             Path(work),
             others=off,
             resumable=False,
@@ -140,9 +143,21 @@ def run_one(job: dict[str, Any]) -> None:
     Path(job["file"]).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
+def shares(of_whole: Sequence[float], job: dict[str, Any]) -> tuple[float, ...]:
+    """Shares of the units that the job's model still has, from shares of those that it once had."""
+    from shortstack.checkpoint import Checkpoint
+
+    if job["units"] is None:
+        return tuple(of_whole)
+    left = Checkpoint.open(Path(job["model"])).n_layers
+    left *= 1 if job["settings"].get("unit") == "block" else 2
+    found = (share * job["units"] / left for share in of_whole)
+    return tuple(share for share in found if share <= 1)
+
+
 def described(job: dict[str, Any], settings: Settings, parts: Parts, result: Trimmed) -> Any:
     """What was asked for and what came of it, for the run's JSON file."""
-    asked = ("name", "set", "mode", "seed", "keep", "device", "limit", "jobs")
+    asked = ("name", "set", "mode", "seed", "keep", "device", "limit", "jobs", "units")
     return {
         **{name: job[name] for name in asked},
         "settings": dataclasses.asdict(settings),
@@ -152,7 +167,7 @@ def described(job: dict[str, Any], settings: Settings, parts: Parts, result: Tri
             {"left": k.n_left, "round": k.round, "gone": list(map(str, k.gone))}
             for k in result.kept
         ],
-        "n_units": result.n_units,
+        "n_units": job["units"] or result.n_units,
         "trained": list(map(str, result.trained)),
         "tests": {
             str(left): {name: dataclasses.asdict(score) for name, score in scores.items()}
@@ -171,8 +186,20 @@ def run_all(args: argparse.Namespace) -> int:
                 file = args.out / f"{args.name}.{name.replace('/', '_')}.{mode}.{seed}.json"
                 if not file.is_file():
                     jobs.append(job_of(args, name, mode, seed, file))
-    with ThreadPoolExecutor(args.jobs) as pool:
-        return sum(pool.map(started, jobs))
+    free: Queue[str] = Queue()
+    for _ in range(args.jobs):
+        for device in args.devices:
+            free.put(device)
+
+    def placed(job: dict[str, Any]) -> int:
+        device = free.get()
+        try:
+            return started({**job, "device": device})
+        finally:
+            free.put(device)
+
+    with ThreadPoolExecutor(args.jobs * len(args.devices)) as pool:
+        return sum(pool.map(placed, jobs))
 
 
 def job_of(args: argparse.Namespace, name: str, mode: str, seed: int, file: Path) -> dict[str, Any]:
@@ -184,10 +211,10 @@ def job_of(args: argparse.Namespace, name: str, mode: str, seed: int, file: Path
         keep = args.one_shot_keep
     return {
         **{"name": args.name, "set": name, "mode": mode, "seed": seed, "file": str(file)},
-        **{"model": str(args.model), "data": str(args.data), "device": args.device},
+        **{"model": str(args.model), "data": str(args.data), "units": args.units},
         **{"limit": args.limit or sys.maxsize, "keep": keep, "settings": settings},
         "jobs": args.jobs,
-        "threads": args.threads or max(1, (os.cpu_count() or 1) // args.jobs),
+        "threads": args.threads or max(1, (os.cpu_count() or 1) // args.jobs // len(args.devices)),
         "work": str(args.work) if args.work else None,
     }
 
@@ -302,8 +329,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", nargs="*", default=[])
     parser.add_argument("--keep", type=float, default=0.3)
     parser.add_argument("--one-shot-keep", type=float, default=0.5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--devices", nargs="+", default=["cpu"])
+    parser.add_argument("--jobs", type=int, default=1, help="on a device at a time")
+    parser.add_argument("--units", type=int, help="sub-blocks before MODEL was cut")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--name", default="trim")
