@@ -108,7 +108,7 @@ def main() -> None:
     open_original(asked.model, asked.out)
     asked.model = str(asked.out / "model")
     files: dict[str, Path] = {}
-    for kind in asked.types:
+    for kind in dict.fromkeys([*asked.types, *asked.first]):
         files[f"original {kind}"] = gguf(asked.model, kind, asked.out / "original")
     wanted: dict[str, tuple[str | Path, int, Path]] = {}
     for drop in asked.drop:
