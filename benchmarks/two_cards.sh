@@ -33,7 +33,7 @@ trim() { # CARD JOBS NAME MODEL MODES OPTIONS
 first() {
   order &
   local ordering=$!
-  until [ "$(ls -d "$out"/order/*/healed 2>/dev/null | wc -l)" = 6 ] || ! kill -0 $ordering; do
+  until [ "$(ls "$out"/order/*/healed/config.json 2>/dev/null | wc -l)" = 6 ] || ! kill -0 $ordering; do
     sleep 2
   done
   {
@@ -41,13 +41,13 @@ first() {
     depth --methods cosine-run --states cut repaired
   } &
   trim 0 3 healed "$out/order/cut-8/healed" progressive --units 60 --seeds 0 1 2
-  trim 0 3 choices "$model" "full progressive" --seeds 2
+  trim 0 3 choices "$model" "full progressive" --seeds 1
   wait
 }
 second() {
   CUDA_VISIBLE_DEVICES=1 python3 -m benchmarks.cost --device cuda --layers 8 16 32 \
     --tokens 262144 >"$out/cost.md" 2>"$out/cost.log"
-  trim 1 4 choices "$model" "full progressive" --seeds 0 1
+  trim 1 4 choices "$model" "full progressive" --seeds 2 0
   trim 1 4 choices "$model" one-shot --seeds 0 1 2
 }
 
