@@ -209,9 +209,10 @@ def report(
 @app.command()
 @user_errors
 def doctor(as_json: JsonOption = False) -> None:
-    """Try every runtime in a process of its own; say what is missing and what to do."""
+    """Try every runtime on every device; say what is missing and what to do."""
     from shortstack import terminal
-    from shortstack.doctor import examine, healthy
+    from shortstack.doctor import examine
+    from shortstack.findings import healthy
 
     findings = examine()
     data = {"findings": [finding.to_dict() for finding in findings], "healthy": healthy(findings)}

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shortstack import child
+from shortstack.devices.nvidia import ORDER
 from shortstack.errors import ShortstackError, one_line
 
 TIMEOUT_S = 60.0
@@ -29,7 +30,11 @@ def devices() -> tuple[list[dict[str, Any]], str | None]:
     """
     try:
         answer = child.call(
-            "shortstack.llama_devices:backend_list", {}, timeout_s=TIMEOUT_S, what="llama.cpp"
+            "shortstack.llama_devices:backend_list",
+            {},
+            timeout_s=TIMEOUT_S,
+            what="llama.cpp",
+            env=ORDER,
         )
     except ShortstackError as error:
         return [], one_line(str(error))
