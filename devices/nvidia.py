@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from shortstack.errors import ShortstackError
 
 INSTALL = "pip install nvidia-ml-py"
+DRIVER = Path("/proc/driver/nvidia/version")
+NO_DRIVER = f"no NVIDIA driver is seen, nor the package that would ask it. With one: {INSTALL}"
+NO_PACKAGE = f"an NVIDIA driver is here, the package that asks it is not. Run: {INSTALL}"
 ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 """Environment in which CUDA numbers cards as NVML does; without it the fastest comes first."""
 
@@ -89,6 +94,10 @@ class Card:
         """Memory in use on the whole card, by whoever. Raises NoAnswerError."""
         return int(self.need("nvmlDeviceGetMemoryInfo").used)
 
+    def memory_free_bytes(self) -> int:
+        """Memory that nobody uses on the whole card. Raises NoAnswerError."""
+        return int(self.need("nvmlDeviceGetMemoryInfo").free)
+
     def energy_mj(self) -> int:
         """Millijoules since the driver was loaded (Volta and later). Raises NoAnswerError."""
         return int(self.need("nvmlDeviceGetTotalEnergyConsumption"))
@@ -109,12 +118,17 @@ class Card:
         return found if told else None
 
 
+def driver_seen() -> bool:
+    """Whether an NVIDIA driver seems to be installed; asks no library."""
+    return DRIVER.exists() or shutil.which("nvidia-smi") is not None
+
+
 def library() -> Any:
     """pynvml, initialised (again is free). Raises NoAnswerError with the reason and what to do."""
     try:
         import pynvml
     except ImportError:
-        raise NoAnswerError(f"NVIDIA cards are not looked for. Run: {INSTALL}") from None
+        raise NoAnswerError(NO_PACKAGE if driver_seen() else NO_DRIVER) from None
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:

@@ -33,6 +33,23 @@ def watch(device_id: str) -> tuple[Sampler | None, str | None]:
         return None, str(error)
 
 
+def free_bytes(device_id: str) -> int | None:
+    """Memory that a model could take on a device now: RAM for the CPU; None where it is not told.
+
+    Of RAM, what the system could free without swapping (psutil's `available`).
+    """
+    if device_id == "cpu":
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    if not device_id.startswith("cuda:"):
+        return None
+    try:
+        return nvidia.card(device_id).memory_free_bytes()
+    except nvidia.NoAnswerError:
+        return None
+
+
 class Sampler:
     """Watches a card from a thread; `phase` closes one phase and says what it took.
 

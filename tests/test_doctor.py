@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from shortstack import child, doctor_probes
+from shortstack.devices import nvidia
 from shortstack.doctor import (
     devices,
     energy_counters,
@@ -320,6 +321,15 @@ def test_a_card_is_described_and_what_is_not_here_has_its_reason() -> None:
         "NVIDIA Fake, 80.0 GB, driver 580.1 for CUDA 13.0, 500 W, used by 2 other processes"
     )
     assert missing == Finding("devices by llama.cpp", "ok", "built for the CPU alone")
+
+
+@pytest.mark.parametrize(("driver", "status"), [(True, "warning"), (False, "ok")])
+def test_cards_that_cannot_be_asked_are_a_warning_where_there_is_a_driver(
+    monkeypatch: pytest.MonkeyPatch, driver: bool, status: str
+) -> None:
+    monkeypatch.setattr(nvidia, "driver_seen", lambda: driver)
+    finding = devices(survey("cpu", cuda="version mismatch"))[1]
+    assert (finding.status, finding.fact) == (status, "version mismatch")
 
 
 def test_energy_counters_are_named_or_have_a_reason() -> None:

@@ -127,6 +127,7 @@ def devices(survey: Mapping[str, Any] | None = None) -> list[Finding]:
     """What models can run on, and why there is no more of it."""
     from shortstack.devices import listing
     from shortstack.devices.host import describe
+    from shortstack.devices.nvidia import driver_seen
 
     found = listing.survey() if survey is None else survey
     isa = ", ".join(describe()["cpu"]["isa"])
@@ -134,7 +135,7 @@ def devices(survey: Mapping[str, Any] | None = None) -> list[Finding]:
         Finding(f"device {one['id']}", "ok", _device_words(one, isa)) for one in found["devices"]
     ]
     return here + [
-        Finding(f"devices by {_ASKED[kind]}", "ok", reason)
+        Finding(f"devices by {_ASKED[kind]}", _unless(kind == "cuda" and driver_seen()), reason)
         for kind, reason in found["missing"].items()
     ]
 
@@ -152,6 +153,10 @@ def energy_counters() -> list[Finding]:
 
 
 _ASKED = {"cuda": "NVML", "llama.cpp": "llama.cpp"}
+
+
+def _unless(limited: bool) -> Status:
+    return "warning" if limited else "ok"
 
 
 def _device_words(one: Mapping[str, Any], isa: str) -> str:

@@ -24,6 +24,7 @@ NoPermission = _error("NVMLError_NoPermission", "Insufficient Permissions")
 GpuIsLost = _error("NVMLError_GpuIsLost", "GPU is lost")
 NotFound = _error("NVMLError_NotFound", "Not Found")
 LibraryNotFound = _error("NVMLError_LibraryNotFound", "NVML Shared Library Not Found")
+TOTAL_BYTES = 80_000_000_000
 
 
 @dataclass
@@ -42,7 +43,9 @@ class FakeCard:
         return {
             "nvmlDeviceGetName": self.name,
             "nvmlDeviceGetUUID": self.uuid,
-            "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=80_000_000_000, used=self.used_bytes),
+            "nvmlDeviceGetMemoryInfo": SimpleNamespace(
+                total=TOTAL_BYTES, used=self.used_bytes, free=TOTAL_BYTES - self.used_bytes
+            ),
             "nvmlDeviceGetCudaComputeCapability": (9, 0),
             "nvmlDeviceGetVbiosVersion": "96.00.00.00.01",
             "nvmlDeviceGetPowerManagementLimit": 500_000,

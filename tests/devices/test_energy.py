@@ -153,6 +153,25 @@ def test_rapl_adds_packages_up_and_survives_coming_round(zones: Callable[..., Pa
 
 
 @LINUX
+def test_a_record_holds_the_joules_that_the_work_used(zones: Callable[..., Path]) -> None:
+    """Through files, the real clock and a counter that comes round: 5 J a turn."""
+    state = {"microjoules": 998_000_000}
+    zones(z0=("package-0", state["microjoules"]))
+
+    def work() -> int:
+        state["microjoules"] = (state["microjoules"] + 5_000_000) % 1_000_000_000
+        zones(z0=("package-0", state["microjoules"]))
+        return 20
+
+    told = energy.measured("cpu", {"prefill": work, "decode": work}, window_s=0, idle_s=0)
+    assert told["energy_reason"] is None
+    assert [(e["phase"], e["tokens"]) for e in told["energy"]] == [("prefill", 20), ("decode", 20)]
+    assert [e["gross_j"] for e in told["energy"]] == [5.0, 5.0]
+    assert [e["net_j"] for e in told["energy"]] == [5.0, 5.0]
+    assert len(energy.flags(told["energy"])) == 3
+
+
+@LINUX
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may read all")
 def test_a_real_missing_permission_says_how_to_get_it(zones: Callable[..., Path]) -> None:
     zones(z0=("package-0", 5)).joinpath("intel-rapl:0/energy_uj").chmod(0)

@@ -46,6 +46,11 @@ def test_unlike_cards_carry_a_note_unless_their_order_is_set(
     assert "note" not in listing.devices()[1]
 
 
+def test_a_divided_card_says_that_cuda_sees_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    plug_in(monkeypatch, FakeCard("GPU-a", says={"nvmlDeviceGetMigMode": (1, 1)}))
+    assert "MIG is on" in listing.devices()[1]["note"]
+
+
 def test_no_driver_leaves_the_processor_and_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     plug_in(monkeypatch, driver=False)
     llama_lists(monkeypatch, CPU, BLAS)

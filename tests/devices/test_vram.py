@@ -103,6 +103,13 @@ def test_a_card_without_figures_and_no_card_are_reasons(monkeypatch: pytest.Monk
     assert "no memory of its own" in (vram.watch("cpu")[1] or "")
 
 
+def test_what_is_free_is_told_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    plug_in(monkeypatch, FakeCard("GPU-a", used_bytes=60 * GB))
+    assert vram.free_bytes("cuda:0") == 20 * GB
+    assert vram.free_bytes("cuda:1") is vram.free_bytes("metal:0") is None
+    assert (vram.free_bytes("cpu") or 0) > 10_000_000
+
+
 class FakeAllocator:
     """torch.cuda's peaks since the last reset."""
 
