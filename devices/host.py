@@ -60,7 +60,7 @@ def describe() -> dict[str, Any]:
             "numa_nodes": len(list(NODES.glob("node[0-9]*"))) or None,
         },
         "ram_bytes": psutil.virtual_memory().total,
-        "cgroup": {"cpu_cores": _cgroup_cores(), "memory_bytes": _cgroup_memory()},
+        "cgroup": {"cpu_cores": _cgroup_cores(), "memory_bytes": memory_limit_bytes()},
         "power_source": _power_source(),
         "container": container(),
         "hypervisor": "hypervisor" in _cpu_flags() if sys.platform == "linux" else None,
@@ -176,7 +176,7 @@ def _cgroup_cores() -> float | None:
     return int(parts[0]) / int(parts[1])
 
 
-def _cgroup_memory() -> int | None:
+def memory_limit_bytes() -> int | None:
     """Memory limit in bytes; cgroup v1 writes a number near 2**63 for none."""
     text = _read(CGROUP / "memory.max") or _read(CGROUP / "memory/memory.limit_in_bytes")
     if text is None or not text.isdigit() or int(text) > 1 << 60:

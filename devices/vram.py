@@ -12,6 +12,7 @@ import threading
 from typing import Any
 
 from shortstack.devices import nvidia
+from shortstack.devices.host import memory_limit_bytes
 
 INTERVAL_S = 0.02
 METHOD = (
@@ -36,12 +37,14 @@ def watch(device_id: str) -> tuple[Sampler | None, str | None]:
 def free_bytes(device_id: str) -> int | None:
     """Memory that a model could take on a device now: RAM for the CPU; None where it is not told.
 
-    Of RAM, what the system could free without swapping (psutil's `available`).
+    Of RAM, what the system could free without swapping (psutil's `available`), and not more than a
+    container may use in all.
     """
     if device_id == "cpu":
         import psutil
 
-        return int(psutil.virtual_memory().available)
+        available = int(psutil.virtual_memory().available)
+        return min(available, memory_limit_bytes() or available)
     if not device_id.startswith("cuda:"):
         return None
     try:

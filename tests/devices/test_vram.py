@@ -107,7 +107,10 @@ def test_what_is_free_is_told_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -
     plug_in(monkeypatch, FakeCard("GPU-a", used_bytes=60 * GB))
     assert vram.free_bytes("cuda:0") == 20 * GB
     assert vram.free_bytes("cuda:1") is vram.free_bytes("metal:0") is None
+    monkeypatch.setattr(vram, "memory_limit_bytes", lambda: None)
     assert (vram.free_bytes("cpu") or 0) > 10_000_000
+    monkeypatch.setattr(vram, "memory_limit_bytes", lambda: 1000)
+    assert vram.free_bytes("cpu") == 1000
 
 
 class FakeAllocator:
