@@ -7,7 +7,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from shortstack.devices.report.merged.gain import gains
 from shortstack.devices.report.merged.llama_bench import llama_bench_rows
 from shortstack.devices.report.merged.machine_table import machine_table
 from shortstack.devices.report.merged.matrix import rows
+from shortstack.devices.report.merged.pictures import figures
 from shortstack.devices.report.merged.table_csv import to_csv
+from shortstack.devices.report.merged.words import warnings
 from shortstack.devices.report.merged.write import to_html, to_markdown
+from shortstack.devices.stats import Interval
 from shortstack.errors import ShortstackError
 
 from .bench_sample import (
@@ -248,6 +252,14 @@ def test_the_cost_of_depth_finds_the_line_that_the_sample_was_made_by(both: Merg
     assert card.ms_per_layer == pytest.approx(0.5 / 9, rel=0.05)
 
 
+def test_lines_of_unlike_size_get_charts_of_their_own(load: Load) -> None:
+    slow = [measurement(f"cut{n}", n, "onnx:int8", speed=0.05) for n in (30, 24)]
+    fast = [measurement(f"cut{n}", n) for n in (30, 24)]
+    drawn = figures(depth_lines(merge(load(bench(slow + fast))).measured), [], None)
+    assert [len(figure.legend) for figure in drawn] == [1, 1]
+    assert [figure.title.split(", up to ")[1] for figure in drawn] == ["340 ms", "17.0 ms"]
+
+
 def test_a_depth_that_was_measured_otherwise_is_left_out(load: Load) -> None:
     record = laptop_run()
     record["measurements"][1]["prompt_sha256"] = "a" * 64
@@ -350,7 +362,7 @@ def test_an_evaluation_that_cannot_be_read_is_refused(load: Load, damage: Json, 
 def test_which_machine_runs_what_tells_the_share_of_memory(both: Merged) -> None:
     table = shown.runs_this(both)
     line = next(r for r in table.rows if r[0].startswith("original, GGUF") and "H9" in r[2])
-    assert line[4:6] == ("measured", "yes, in 0 % of its memory")
+    assert line[4:6] == ("measured", "yes, in under 1 % of its memory")
     assert line[-1].replace("\N{NARROW NO-BREAK SPACE}", "") == "141000"
 
 
@@ -383,6 +395,38 @@ def test_what_is_projected_is_marked(load: Load) -> None:
     for words in ("61.0 (\N{PLUS-MINUS SIGN} 12 %)", "error not known", "no, projected", "unknown"):
         assert words in said
     assert to_html(merged).count('class="is-projected"') == 3
+
+
+@dataclass(frozen=True)
+class HalfTheRoof:
+    share: Interval | None = Interval(0.5, 0.4, 0.6, 6)
+    unit: str = "bytes"
+    reason: str | None = None
+    notes: tuple[str, ...] = ("busy machine",)
+
+
+def test_shares_of_the_roofline_are_taken_from_who_computes_them(load: Load) -> None:
+    def share_of(record: Mapping[str, Any], ceilings: Mapping[str, Any]) -> Any:
+        assert record["schema"] == 2
+        assert record["artifact"]["weight_bytes_per_token"] > 0
+        assert ceilings["cpu"]["read_bytes_per_s"] > 0
+        return HalfTheRoof(), HalfTheRoof(None, "float32", "no ceiling for int4", ())
+
+    records = load(bench([measurement("original", 30)]))
+    text = to_markdown(merge(records, share_of=share_of))
+    for words in ("50 % (40 to 60)", "no ceiling for int4", "busy machine"):
+        assert words in text
+    assert "Share of the roofline" not in to_markdown(merge(records))
+
+
+def test_flags_of_all_are_said_once(load: Load) -> None:
+    record = laptop_run()
+    for m in record["measurements"]:
+        m["flags"] = ["few repeats"]
+    record["measurements"][0]["flags"] += ["noisy", "busy"]
+    told = warnings(merge(load(record)).cases)
+    assert told[0] == ("All 5 measurements", "few repeats")
+    assert [flags for _, flags in told[1:]] == ["noisy; busy"]
 
 
 def test_memory_and_energy_name_their_method(both: Merged) -> None:

@@ -9,6 +9,7 @@ from shortstack.devices.records import Record
 from shortstack.devices.report.merged.cases import Case
 from shortstack.devices.report.merged.machines import Machine, Places
 from shortstack.devices.report.merged.quality import Quality, Verdict, qualities
+from shortstack.devices.report.merged.roof import ShareOf
 from shortstack.errors import ShortstackError
 
 
@@ -40,6 +41,7 @@ class Merged:
     quality: Quality | None
     """What quality is told by; None where no record and no evaluation tells it."""
     projected: tuple[Projected, ...] = ()
+    share_of: ShareOf | None = None
 
     @property
     def measured(self) -> tuple[Case, ...]:
@@ -54,10 +56,12 @@ def merge(
     records: Sequence[Record],
     evaluations: Sequence[tuple[str, object]] = (),
     projected: Sequence[Projected] = (),
+    share_of: ShareOf | None = None,
 ) -> Merged:
     """Number the runs, name the machines, look up the quality of every artifact.
 
-    `evaluations`: (name, content) of eval.json files. Raises ShortstackError where nothing was
+    `evaluations`: (name, content) of eval.json files. `share_of` computes shares of the roofline;
+    without it the report has none. Raises ShortstackError where nothing was
     measured and for an evaluation of another schema.
     """
     places = Places(records)
@@ -71,4 +75,5 @@ def merge(
             "these records hold no measurement. Run: shortstack bench MODEL -o DIR"
         )
     quality = qualities(cases, records, evaluations)
-    return Merged(tuple(records), tuple(places.machines), cases, quality, tuple(projected))
+    machines = tuple(places.machines)
+    return Merged(tuple(records), machines, cases, quality, tuple(projected), share_of)

@@ -13,20 +13,40 @@ from shortstack.devices.report.merged.plots import COLOURS, Axes, Dot, Series, c
 
 MOST_FRONTS = 6
 """So many fronts are drawn; the table has all."""
+READABLE = 10.0
+"""Lines of one chart differ by no more than this factor."""
 
 
 def figures(
     lines: Sequence[DepthLine], fronts: Sequence[Front], metric: str | None
 ) -> list[Figure]:
     shapes = dict.fromkeys(line.shape for line in lines)
-    drawn = [cost_of_depth(shape, [li for li in lines if li.shape == shape]) for shape in shapes]
+    drawn = [
+        cost_of_depth(shape, part)
+        for shape in shapes
+        for part in _of_one_size([line for line in lines if line.shape == shape])
+    ]
     bought = (pareto(front, metric) for front in fronts[:MOST_FRONTS])
     return drawn + [figure for figure in bought if figure is not None]
 
 
+def _of_one_size(lines: Sequence[DepthLine]) -> list[list[DepthLine]]:
+    """Slowest first; a line much lower than the first of its chart would lie on the axis there."""
+    parts: list[list[DepthLine]] = []
+    for line in sorted(lines, key=_top, reverse=True):
+        if not parts or _top(line) * READABLE < _top(parts[-1][0]):
+            parts.append([])
+        parts[-1].append(line)
+    return parts
+
+
+def _top(line: DepthLine) -> float:
+    return max(found.estimate for _, found in line.points)
+
+
 def cost_of_depth(shape: Shape, lines: Sequence[DepthLine]) -> Figure:
     """Layers against milliseconds a token, one line a device, runtime and format."""
-    title = f"Cost of depth: {shape.words}"
+    title = f"Cost of depth: {shape.words}, up to {number(_top(lines[0]))} ms"
     series = [
         Series(
             line.name,
@@ -40,6 +60,7 @@ def cost_of_depth(shape: Shape, lines: Sequence[DepthLine]) -> Figure:
                 )
                 for layers, found in line.points
             ),
+            fit=(line.ms_per_layer, line.ms_fixed),
         )
         for line in lines
     ]
@@ -49,8 +70,8 @@ def cost_of_depth(shape: Shape, lines: Sequence[DepthLine]) -> Figure:
         for line in lines
     )
     note = (
-        "Time of a decode step against the number of layers; whiskers: 95 % interval. Where a line "
-        "meets the left edge is what a token costs beside its layers."
+        "Time of a decode step against the number of layers; whiskers: 95 % interval. Where "
+        "the dotted line meets the left edge is what a token costs beside its layers."
     )
     image = chart(title, said, series, Axes("layers", "ms a token"))
     return Figure(title, note, image, _legend([line.name for line in lines]))

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from shortstack.devices.report.charts import line, nice_ticks, svg, text, tick
 
 WIDTH, HEIGHT = 460, 300
-LEFT, RIGHT, TOP, BOTTOM = 52, 34, 22, 46
+LEFT, RIGHT, TOP, BOTTOM = 52, 34, 34, 46
 COLOURS = 8
 CIRCLE = Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="5"><title>{}</title></circle>')
 Scale = Callable[[float], float]
@@ -35,6 +35,8 @@ class Series:
     name: str
     dots: tuple[Dot, ...]
     joined: bool = True
+    fit: tuple[float, float] | None = None
+    """Slope and intercept of a straight line, drawn to the left edge where it is not negative."""
 
 
 @dataclass(frozen=True)
@@ -81,5 +83,10 @@ def _series(one: Series, index: int, x: Scale, y: Scale) -> list[Markup]:
         hollow = " hollow" if dot.hollow else ""
         parts.append(CIRCLE.format(kind + hollow, x(dot.x), y(dot.y), dot.hint))
     last = one.dots[-1]
+    if one.fit is not None and one.fit[1] >= 0:
+        slope, start = one.fit
+        parts.append(
+            line(f"fit {kind}", x(0), y(start), x(one.dots[0].x), y(start + slope * one.dots[0].x))
+        )
     parts.append(text(x(last.x) + 8, y(last.y) + 4, str(index + 1), "chart-value"))
     return parts

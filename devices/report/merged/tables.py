@@ -234,7 +234,8 @@ def _fits(case: Case) -> str:
     need, have = case.peak_bytes, case.place.memory_bytes
     if need is None or not have:
         return "yes"
-    return f"yes, in {100 * need / have:.0f} % of its memory"
+    share = f"{100 * need / have:.0f} %" if need >= have / 100 else "under 1 %"
+    return f"yes, in {share} of its memory"
 
 
 def _names(case: Case) -> tuple[str, str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from shortstack.devices.report.charts import number
 from shortstack.devices.report.details import Facts
@@ -140,8 +140,15 @@ def energy_words(merged: Merged) -> Facts:
     return [(", ".join(dict.fromkeys(where)), why) for why, where in reasons.items()]
 
 
-def warnings(cases: Iterable[Case]) -> Facts:
-    return [(_where(case), flag) for case in cases for flag in case.measurement.flags]
+def warnings(cases: Sequence[Case]) -> Facts:
+    """What every case is flagged with is said once, the rest in one line a case."""
+    flagged = [set(case.measurement.flags) for case in cases]
+    common = set.intersection(*flagged) if len(cases) > 1 else set()
+    told = [(f"All {len(cases)} measurements", flag) for flag in sorted(common)]
+    for case in cases:
+        own = [flag for flag in case.measurement.flags if flag not in common]
+        told += [(_where(case), "; ".join(own))] if own else []
+    return told
 
 
 def notes(merged: Merged) -> Facts:

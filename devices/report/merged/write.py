@@ -22,6 +22,7 @@ from shortstack.devices.report.merged.machine_table import machine_table
 from shortstack.devices.report.merged.matrix import rows
 from shortstack.devices.report.merged.merge import Merged
 from shortstack.devices.report.merged.pictures import figures
+from shortstack.devices.report.merged.roof import roofline
 from shortstack.devices.report.merged.table_csv import to_csv
 from shortstack.devices.report.view import Table
 from shortstack.manifest import write_text
@@ -115,6 +116,7 @@ def _content(merged: Merged) -> dict[str, Any]:
                 tables.pareto(best, metric),
                 text=(words.quality_words(merged),),
             ),
+            *_roofline(merged),
             _section("memory", "Memory", tables.memory(merged)),
             {
                 **_section("energy", "Energy", tables.energy(merged)),
@@ -128,6 +130,13 @@ def _content(merged: Merged) -> dict[str, Any]:
         "definitions": words.DEFINITIONS,
         "failures": words.failures(merged),
     }
+
+
+def _roofline(merged: Merged) -> list[Section]:
+    if merged.share_of is None:
+        return []
+    table = roofline(merged.measured, merged.share_of)
+    return [_section("roofline", "Share of the roofline", table)]
 
 
 def _section(id_: str, title: str, *found: Table, text: tuple[str, ...] = ()) -> Section:
