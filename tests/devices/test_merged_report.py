@@ -362,7 +362,7 @@ def test_an_evaluation_that_cannot_be_read_is_refused(load: Load, damage: Json, 
 def test_which_machine_runs_what_tells_the_share_of_memory(both: Merged) -> None:
     table = shown.runs_this(both)
     line = next(r for r in table.rows if r[0].startswith("original, GGUF") and "H9" in r[2])
-    assert line[4:6] == ("measured", "yes, in under 1 % of its memory")
+    assert line[4] == "yes, in under 1 % of its memory"
     assert line[-1].replace("\N{NARROW NO-BREAK SPACE}", "") == "141000"
 
 
@@ -380,21 +380,25 @@ def test_a_model_that_failed_says_so(load: Load) -> None:
     assert "1 did not work" in text
 
 
-def test_what_is_projected_is_marked(load: Load) -> None:
-    guesses = (
-        Projected("original, GGUF", "Card X", True, 10**9, 24 * 10**9, 61.0, 0.12, "3 runs"),
-        Projected("original, GGUF", "Card Y", None, None, None, None, None, "1 run"),
-        Projected("original, GGUF", "Card Z", False, 10**11, 10**10, 10.0, None, "1 run"),
-    )
+def guess(words: str, low: float | None, fits: tuple[tuple[float, bool], ...]) -> Projected:
+    high = None if low is None else 2 * low
+    error = "not known: one device was measured" if low is None else "at most 12 % on 3 devices"
+    return Projected(words, words, words, words, 61.0, low, high, error, 1e9, fits, words)
+
+
+def test_what_is_projected_is_marked_and_apart(load: Load) -> None:
+    sizes = ((8e9, False), (24e9, True))
+    guesses = (guess("Card X", 55.0, sizes), guess("Card Y", None, ()))
     merged = merge(load(laptop_run()), projected=guesses)
-    table = shown.runs_this(merged)
-    marked = [row for row in table.rows if row[4].startswith("projected from")]
-    assert len(marked) == 3
-    assert table.rows[-3:] == tuple(marked)
-    said = str(marked)
-    for words in ("61.0 (\N{PLUS-MINUS SIGN} 12 %)", "error not known", "no, projected", "unknown"):
+    assert not any("Card" in cell for row in shown.runs_this(merged).rows for cell in row)
+    table = shown.projected(merged.projected)
+    assert table.caption.startswith("Projected, not measured")
+    said = str(table).replace("\N{NARROW NO-BREAK SPACE}", "").replace("\\u202f", "")
+    for words in ("61.0 (55.0 to 110)", "'61.0'", "not known", "at most 12 %", "no, of 8000 MB"):
         assert words in said
-    assert to_html(merged).count('class="is-projected"') == 3
+    assert to_html(merged).count('class="is-projected"') == 2
+    assert "Projected, not measured" in to_markdown(merged)
+    assert 'class="is-projected"' not in to_html(merge(load(server_run())))
 
 
 @dataclass(frozen=True)
@@ -516,7 +520,7 @@ EVIL = (
 def test_hostile_words_are_escaped_everywhere(load: Load, words: str) -> None:
     merged = merge(
         load(hostile(words), server_run()),
-        projected=[Projected(words, words, True, 1, 1, 1.0, 0.1, words)],
+        projected=[guess(words, 1.0, ())],
     )
     page = Page(to_html(merged))
     tags = [tag for tag, _ in page.tags]

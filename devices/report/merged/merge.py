@@ -15,20 +15,23 @@ from shortstack.errors import ShortstackError
 
 @dataclass(frozen=True)
 class Projected:
-    """A prediction for a device that is not at hand. Shown apart from what was measured.
-
-    `error` is what the same model is off by on devices that were measured, as a share; None where
-    it is not known. `basis` says what it was fitted on.
-    """
+    """A prediction for a device that is not at hand. Shown apart from what was measured."""
 
     artifact: str
+    runtime: str
+    work: str
     device: str
-    fits: bool | None
-    need_bytes: int | None
-    have_bytes: int | None
-    decode_tokens_per_s: float | None
-    error: float | None
+    decode_tokens_per_s: float
+    low_tokens_per_s: float | None
+    """With `high`: what the error below leaves; None where it is not known."""
+    high_tokens_per_s: float | None
+    error: str
+    """What the same model is off by on devices that were measured, or why that is not known."""
+    need_bytes: float | None
+    fits: tuple[tuple[float, bool], ...]
+    """For each memory size (bytes) that the device is sold with."""
     basis: str
+    """Which records it was fitted on."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ from shortstack.devices.report.merged.unlike import not_comparable
 from shortstack.devices.report.view import NONE, Table, factor, megabytes, with_interval
 from shortstack.devices.stats import median
 
+PROJECTED = "Projected, not measured"
+"""How the caption of such a table begins; the page sets its rows apart by it."""
+
 
 def side_by_side(rows: Sequence[Row], places: Sequence[Place]) -> Table:
     """Decode speed of each artifact at each place."""
@@ -182,46 +185,55 @@ def pareto(fronts: Sequence[Front], metric: str | None) -> Table:
 
 
 def runs_this(merged: Merged) -> Table:
-    """What each place can do with each artifact: as measured, then as projected."""
-    rows = [
+    """What each place did with each artifact."""
+    rows = sorted(
         (
             case.title,
             case.runtime,
             case.place.name,
             case.shape.words,
-            "measured",
             _fits(case),
             with_interval(case.decode_tokens_per_s),
             megabytes(case.peak_bytes),
             megabytes(case.place.memory_bytes),
         )
         for case in merged.cases
-    ]
-    rows += [
-        (
-            p.artifact,
-            NONE,
-            p.device,
-            NONE,
-            f"projected from {p.basis}",
-            "unknown" if p.fits is None else "yes, projected" if p.fits else "no, projected",
-            NONE if p.decode_tokens_per_s is None else f"{number(p.decode_tokens_per_s)} {_off(p)}",
-            megabytes(p.need_bytes),
-            megabytes(p.have_bytes),
-        )
-        for p in merged.projected
-    ]
+    )
     columns = (
-        *("Model", "Runtime", "Device", "Work", "Known by", "Runs"),
+        *("Model", "Runtime", "Device", "Work", "Runs"),
         *("Decode, tokens/s", "Needs, MB", "There is, MB"),
     )
-    rows.sort(key=lambda row: (row[4] != "measured", row[0], row[1]))
-    return Table("Which of the machines runs this", columns, tuple(rows), 6)
+    return Table("Which of the machines runs this, as measured", columns, tuple(rows), 5)
 
 
-def _off(projected: Projected) -> str:
-    error = projected.error
-    return "(error not known)" if error is None else f"(\N{PLUS-MINUS SIGN} {100 * error:.0f} %)"
+def projected(found: Sequence[Projected]) -> Table:
+    """What devices that were not at hand are expected to do; never among what was measured."""
+    rows = tuple(
+        (
+            p.artifact,
+            p.runtime,
+            p.device,
+            p.work,
+            ", ".join(f"{'yes' if ok else 'no'}, of {megabytes(b)} MB" for b, ok in p.fits) or NONE,
+            p.error,
+            p.basis,
+            _expected(p),
+            megabytes(p.need_bytes),
+        )
+        for p in found
+    )
+    columns = (
+        *("Model", "Runtime", "Device", "Work", "Would fit", "Error of the same model"),
+        *("Projected from", "Decode, tokens/s, projected", "Needs, MB, projected"),
+    )
+    return Table(f"{PROJECTED}: devices that were not at hand", columns, rows, 7)
+
+
+def _expected(p: Projected) -> str:
+    words = number(p.decode_tokens_per_s)
+    if p.low_tokens_per_s is None or p.high_tokens_per_s is None:
+        return words
+    return f"{words} ({number(p.low_tokens_per_s)} to {number(p.high_tokens_per_s)})"
 
 
 def _fits(case: Case) -> str:

@@ -107,7 +107,12 @@ def _content(merged: Merged) -> dict[str, Any]:
         "figures": figures(lines, best, metric),
         "sections": [
             _section("machines", "The machines", machine_table(merged.machines)),
-            _section("runs-this", "Which of them runs this", tables.runs_this(merged)),
+            _section(
+                "runs-this",
+                "Which of them runs this",
+                tables.runs_this(merged),
+                tables.projected(merged.projected),
+            ),
             _section("speed", "Speed", tables.side_by_side(compared, places), tables.speed(merged)),
             _section("depth", "Cost of depth", tables.depth(lines), tables.gain(gained)),
             _section(
