@@ -393,8 +393,14 @@ def test_what_is_projected_is_marked_and_apart(load: Load) -> None:
     assert not any("Card" in cell for row in shown.runs_this(merged).rows for cell in row)
     table = shown.projected(merged.projected)
     assert table.caption.startswith("Projected, not measured")
-    said = str(table).replace("\N{NARROW NO-BREAK SPACE}", "").replace("\\u202f", "")
-    for words in ("61.0 (55.0 to 110)", "'61.0'", "not known", "at most 12 %", "no, of 8000 MB"):
+    said = str(table)
+    for words in (
+        "61.0 (55.0 to 110)",
+        "'61.0'",
+        "not known",
+        "at most 12 %",
+        "8.00 GB: no; 24.0 GB: yes",
+    ):
         assert words in said
     assert to_html(merged).count('class="is-projected"') == 2
     assert "Projected, not measured" in to_markdown(merged)

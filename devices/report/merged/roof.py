@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from shortstack.devices.report.merged.cases import Case
-from shortstack.devices.report.view import NONE, Table
+from shortstack.devices.report.view import NONE, Table, percent
 from shortstack.devices.stats import Interval
+
+COARSE = 0.1
+"""From this share on, whole per cents tell enough."""
 
 
 class ShareLike(Protocol):
@@ -58,4 +61,6 @@ def _said(found: ShareLike) -> str:
     if found.share is None:
         return found.reason or NONE
     s = found.share
-    return f"{100 * s.estimate:.0f} % ({100 * s.low:.0f} to {100 * s.high:.0f})"
+    digits = 0 if s.estimate >= COARSE else 1
+    low, high = (f"{100 * end:.{digits}f}" for end in (s.low, s.high))
+    return f"{percent(s, digits)} ({low} to {high})"

@@ -214,7 +214,7 @@ def projected(found: Sequence[Projected]) -> Table:
             p.runtime,
             p.device,
             p.work,
-            ", ".join(f"{'yes' if ok else 'no'}, of {megabytes(b)} MB" for b, ok in p.fits) or NONE,
+            "; ".join(f"{number(b / 1e9)} GB: {'yes' if ok else 'no'}" for b, ok in p.fits) or NONE,
             p.error,
             p.basis,
             _expected(p),
