@@ -13,7 +13,8 @@ import pytest
 from pydantic import BaseModel
 
 from shortstack.devices.measurement import Measurement
-from shortstack.devices.records import BenchRecord, load_records
+from shortstack.devices.record_fields import BenchRecord
+from shortstack.devices.records import load_records
 from shortstack.devices.report import to_json
 from shortstack.errors import ShortstackError
 

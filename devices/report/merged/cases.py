@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from shortstack.devices.records import MeasurementRecord, Record
+from shortstack.devices.record_fields import MeasurementRecord
+from shortstack.devices.records import Record
 from shortstack.devices.report.merged.machines import Place
 from shortstack.devices.report.view import FORMATS
 from shortstack.devices.stats import median

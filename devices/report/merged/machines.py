@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shortstack.devices.records import MeasurementRecord, Record
+from shortstack.devices.record_fields import MeasurementRecord
+from shortstack.devices.records import Record
 from shortstack.devices.report.charts import number
 
 UUID_KEYS = ("uuid_sha256", "uuid_hash", "uuid")

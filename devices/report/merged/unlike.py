@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from shortstack.devices.records import MeasurementRecord
+from shortstack.devices.record_fields import MeasurementRecord
 from shortstack.devices.report.merged.cases import Case
 
 WORK = (
