@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 from shortstack import child
-from shortstack.devices.roofline.cpu import thread_environment, threads_or_all
+from shortstack.devices.roofline.cpu import threads_or_all
+from shortstack.devices.roofline.products import SINGLE_THREADED
 from shortstack.errors import ShortstackError, require
 
 BUDGET_S = 3.0
@@ -57,5 +58,5 @@ def _call(kind: str, request: dict[str, Any], timeout_s: float) -> dict[str, Any
         request,
         timeout_s=timeout_s,
         what=f"measuring the ceilings of {kind}",
-        env=thread_environment(request["threads"]) if kind == "cpu" else None,
+        env=SINGLE_THREADED if kind == "cpu" else None,
     )

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shortstack.devices.roofline.timing import Products, fastest_products, repeat
+from shortstack.devices.roofline.products import product_rates, product_sizes
+from shortstack.devices.roofline.timing import repeat
 from shortstack.errors import ShortstackError
 
 CPU = Path("/sys/devices/system/cpu")
@@ -29,7 +30,6 @@ SAMPLE_S = 0.05
 """One sample sweeps for so long that starting the threads (0.1 ms) does not count."""
 READ_PART = 0.35
 """Part of the time for reading; the rest is for matrix products."""
-SIZES = (512, 1024, 2048, 4096)
 
 Words = NDArray[np.int32]
 
@@ -43,18 +43,22 @@ def ceilings(request: Mapping[str, Any]) -> dict[str, Any]:
     begun = time.perf_counter()
     threads, budget_s = int(request["threads"]), float(request["budget_s"])
     cache = cache_bytes()
-    n_bytes = buffer_bytes(cache, _free_bytes(request.get("memory_bytes")), threads)
+    free = _free_bytes(request.get("memory_bytes"))
+    n_bytes = buffer_bytes(cache, free, threads)
     busy = _Busy()
     seconds, passes = read_seconds(n_bytes, threads, READ_PART * budget_s)
-    products, omitted, library = _products(threads, (1 - READ_PART) * budget_s)
+    products, omitted, library = product_rates(
+        threads, (1 - READ_PART) * budget_s, product_sizes(threads, free // MEMORY_PART)
+    )
     return {
         "read_bytes_per_s": n_bytes / min(seconds),
         "matmul_flops_per_s": {name: p.flops_per_s for name, p in products.items()},
         "threads": threads,
         "method": (
-            f"read: {threads} threads take the largest 32-bit integers of {n_bytes / 2**20:.0f} "
-            f"MiB of random data (numpy), bytes over wall time; products: square random matrices "
-            f"in {library}, 2 n^3 over time; the best sample of each"
+            f"read: the largest 32-bit integers of {n_bytes / 2**20:.0f} MiB of random data, found "
+            f"by numpy in {_counted(threads)}, bytes over wall time; products: each thread "
+            f"multiplies square random matrices of its own ({library}), 2 n^3 operations a "
+            "product over wall time; the best sample of each"
         ),
         "samples": {
             "read": {
@@ -128,6 +132,10 @@ def buffer_bytes(cache: int | None, free: int, threads: int) -> int:
     return n_bytes
 
 
+def _counted(threads: int) -> str:
+    return "1 thread" if threads == 1 else f"{threads} threads"
+
+
 def _least_bytes(threads: int) -> int:
     return threads * BLOCKS_PER_THREAD * BLOCK_BYTES
 
@@ -189,71 +197,6 @@ class _Busy:
         twice = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
         idle = times.idle + getattr(times, "iowait", 0.0)
         return time.perf_counter(), sum(times) - idle - twice, own.user + own.system
-
-
-def _products(threads: int, budget_s: float) -> tuple[dict[str, Products], dict[str, str], str]:
-    """By type; why a type is left out; the library that computed."""
-    try:
-        import torch
-    except ImportError:
-        without = "torch is not installed"
-        made = {"float32": fastest_products(_numpy_product, SIZES, budget_s)}
-        return made, {"bfloat16": without, "int8": without}, f"numpy {np.__version__}"
-    torch.set_num_threads(threads)
-    torch.set_grad_enabled(False)
-    kinds = list(_torch_kinds())
-    done: dict[str, Products] = {}
-    omitted: dict[str, str] = {}
-    for name, prepare in kinds:
-        try:
-            done[name] = fastest_products(prepare, SIZES, budget_s / len(kinds))
-        except (RuntimeError, AttributeError) as error:  # no kernel of this type here
-            omitted[name] = str(error).partition("\n")[0][:200]
-    return done, omitted, f"torch {torch.__version__}"
-
-
-def _numpy_product(n: int) -> Callable[[], float]:
-    rng = np.random.default_rng(0)
-    a, b = rng.random((n, n), dtype=np.float32), rng.random((n, n), dtype=np.float32)
-    out = np.empty((n, n), dtype=np.float32)
-    return _timed(lambda: np.matmul(a, b, out=out))
-
-
-def _torch_kinds() -> Iterator[tuple[str, Callable[[int], Callable[[], float]]]]:
-    import torch
-
-    def floats(dtype: torch.dtype) -> Callable[[int], Callable[[], float]]:
-        def prepare(n: int) -> Callable[[], float]:
-            a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
-            out = torch.empty(n, n, dtype=dtype)
-            return _timed(lambda: torch.mm(a, b, out=out))
-
-        return prepare
-
-    def integers(n: int) -> Callable[[], float]:
-        a, b = (torch.randint(-127, 128, (n, n), dtype=torch.int8) for _ in range(2))
-        return _timed(lambda: torch._int_mm(a, b))
-
-    yield "float32", floats(torch.float32)
-    yield "bfloat16", floats(torch.bfloat16)
-    yield "int8", integers
-
-
-def _timed(work: Callable[[], object]) -> Callable[[], float]:
-    def sample() -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    return sample
-
-
-def thread_environment(threads: int) -> dict[str, str]:
-    """What numpy's matrix libraries read at their start to use so many threads."""
-    names = ("OMP", "OPENBLAS", "MKL", "BLIS")
-    return {f"{name}_NUM_THREADS": str(threads) for name in names} | {
-        "VECLIB_MAXIMUM_THREADS": str(threads)
-    }
 
 
 def threads_or_all(threads: int | None) -> int:

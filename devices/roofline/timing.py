@@ -9,6 +9,8 @@ from typing import Any
 
 LEAST_SAMPLES = 3
 MOST_SAMPLES = 200
+TRIES = 6
+"""What trying a size takes, in samples: to warm up, to choose a sample's length, two that count."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,14 @@ def fastest_products(
     sizes: Sequence[int],
     budget_s: float,
     *,
+    together: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Products:
     """Try ascending `sizes`, then repeat the fastest one until the budget is used.
 
-    `prepare(n)` makes the matrices and returns what takes one sample, in seconds. A size that
-    would not fit into half of the time left, at eight times the last size's for a doubling, is
-    not tried: a slow processor stays within its time with the small ones.
+    `prepare(n)` makes the matrices and returns what takes one sample: seconds a product, of at
+    least `together` products. A size that would not fit into the time left, at eight times the
+    last size's for a doubling, is not tried: a slow processor stays within its time.
     """
     begun = clock()
     tried: list[Products] = []
@@ -65,7 +68,7 @@ def fastest_products(
         if tried:
             last = tried[-1]
             expected_s = min(last.seconds) * (n / last.n) ** 3
-            if 3 * expected_s > left_s / 2:
+            if TRIES * together * expected_s > left_s:
                 break
         samplers[n] = prepare(n)
         samplers[n]()  # the first run plans, packs and raises the clock

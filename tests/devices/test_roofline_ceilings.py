@@ -7,12 +7,13 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from shortstack.devices.roofline import cpu, cuda
+from shortstack.devices.roofline import cpu, cuda, products
 from shortstack.devices.roofline.ceilings import measure
 from shortstack.devices.roofline.timing import Products, fastest_products, repeat
 from shortstack.errors import MissingExtraError, ShortstackError
@@ -150,14 +151,26 @@ def test_the_cpu_is_measured_in_a_child_as_records_keep_it() -> None:
     assert 1e8 < found["matmul_flops_per_s"]["float32"] < 1e14
     assert found["threads"] == 1
     assert 0 <= found["samples"]["foreign_cpu_share"] <= 1
-    assert "1 threads" in found["method"]
+    assert "in 1 thread," in found["method"]
+
+
+def test_products_of_all_threads_together_take_what_they_take() -> None:
+    """Known answer: 20 ms a product on two threads are 10 ms a product together."""
+    with ThreadPoolExecutor(2) as pool:
+        sample = products._together(pool, 2, lambda n: lambda: time.sleep(0.02), 64)
+        assert min(sample() for _ in range(3)) == pytest.approx(0.01, rel=0.25)
+
+
+def test_products_leave_most_of_the_memory_free() -> None:
+    assert products.product_sizes(2, 16 * 2**30) == (512, 1024, 2048)
+    assert products.product_sizes(128, 4 * 2**30) == (512, 1024)
+    assert products.product_sizes(128, 2**20) == (512,)
 
 
 def test_without_torch_numpy_measures_float32_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.setattr(cpu, "SIZES", (128,))
-    products, omitted, library = cpu._products(1, 0.05)
-    assert set(products) == {"float32"}
+    rates, omitted, library = products.product_rates(2, 0.05, (128,))
+    assert set(rates) == {"float32"}
     assert omitted == dict.fromkeys(("bfloat16", "int8"), "torch is not installed")
     assert library == f"numpy {np.__version__}"
     with pytest.raises(MissingExtraError, match="ceilings of cuda:0 needs the package 'torch'"):
@@ -173,14 +186,12 @@ def test_a_type_without_a_kernel_is_left_out_with_the_reason(
         raise RuntimeError("no int8 here\nlong story")
 
     monkeypatch.setattr(torch, "_int_mm", refuse)
-    monkeypatch.setattr(cpu, "SIZES", (64,))
     threads = torch.get_num_threads()
     try:
-        products, omitted, _ = cpu._products(1, 0.05)
+        rates, omitted, _ = products.product_rates(1, 0.05, (64,))
     finally:
         torch.set_num_threads(threads)
-        torch.set_grad_enabled(True)
-    assert set(products) == {"float32", "bfloat16"}
+    assert set(rates) == {"float32", "bfloat16"}
     assert omitted == {"int8": "no int8 here"}
 
 
