@@ -84,6 +84,8 @@ def _point(record: Record, run: Run) -> Point | str:
     rates = steps_per_s(record)
     if not rates:
         return "no timed trial ended"
+    if step_bytes(record) <= 0:
+        return "how many bytes a token reads is unknown"
     device = record.get("device", "cpu")
     info = record.get("device_info") or {}
     # A part of a card has the whole card's name, not its bandwidth.

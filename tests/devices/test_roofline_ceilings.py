@@ -78,7 +78,7 @@ def test_a_sweep_takes_what_its_blocks_take(monkeypatch: pytest.MonkeyPatch) -> 
     seconds, passes = cpu.read_seconds(8 * 4096, 2, budget_s=0.1, block_bytes=4096)
     assert passes == 1
     assert len(seconds) >= 3
-    assert min(seconds) == pytest.approx(0.08, rel=0.25)
+    assert 0.079 < min(seconds) < 0.12
 
 
 def test_every_block_is_read_as_often_as_passes_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def test_products_of_all_threads_together_take_what_they_take() -> None:
     """Known answer: 20 ms a product on two threads are 10 ms a product together."""
     with ThreadPoolExecutor(2) as pool:
         sample = products._together(pool, 2, lambda n: lambda: time.sleep(0.02), 64)
-        assert min(sample() for _ in range(3)) == pytest.approx(0.01, rel=0.25)
+        assert 0.0099 < min(sample() for _ in range(3)) < 0.015
 
 
 def test_products_leave_most_of_the_memory_free() -> None:

@@ -144,9 +144,10 @@ def test_a_part_of_a_card_does_not_get_the_whole_card_s_bandwidth() -> None:
 
 def test_records_without_a_step_are_refused_with_the_reason() -> None:
     dead = {**a_record(step_s=0.01), "trials": []}
-    made, refused = points([a_run(dead)])
+    made, refused = points([a_run(dead, a_record(step_s=0.01, weights=0))])
     assert made == []
     assert refused[0].endswith("no timed trial ended")
+    assert refused[1].endswith("how many bytes a token reads is unknown")
 
 
 def test_unlike_records_are_never_fitted_together() -> None:
