@@ -6,7 +6,8 @@
 
 Each round runs both once, in fresh processes, who goes first alternating. Prefill is the prompt
 into an empty cache, decode single tokens behind it (llama-bench: `-d`, the cache filled first).
-genai's own figures are those of its Generator: append_tokens, then generate_next_token, greedy.
+genai's own figures are those of its Generator on as many threads (left alone it takes one of two
+here): append_tokens, then generate_next_token, greedy.
 Prints the median over rounds of ours / theirs, with a bootstrap over rounds.
 """
 
@@ -70,6 +71,7 @@ def llama_bench(asked: argparse.Namespace) -> Figures:
 def genai(asked: argparse.Namespace) -> Figures:
     """genai's own loop, in a process of its own."""
     words = ["--prompt-tokens", asked.prompt_tokens, "--decode-tokens", asked.decode_tokens]
+    words += ["--threads", asked.threads]
     done = subprocess.run(
         [sys.executable, __file__, str(asked.model), "--genai-loop", *map(str, words)],
         stdout=subprocess.PIPE,
@@ -83,7 +85,10 @@ def genai_loop(asked: argparse.Namespace) -> Figures:
     import numpy as np
     import onnxruntime_genai as og
 
-    model = og.Model(str(asked.model))
+    config = og.Config(str(asked.model))
+    options = {"intra_op_num_threads": asked.threads, "inter_op_num_threads": 1}
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    model = og.Model(config)
     length = asked.prompt_tokens + asked.decode_tokens + 1
     prompt = np.random.default_rng(0).integers(100, 10_000, asked.prompt_tokens, np.int32)
 
