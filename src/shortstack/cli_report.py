@@ -30,12 +30,20 @@ Evaluations = Annotated[
 ]
 Merge = Annotated[bool, typer.Option("--merge", help="Merge, even if it is one run alone.")]
 
+Project = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A device that is not at hand, to tell what it would do: rtx-4090, h100-sxm, all."
+    ),
+]
+
 
 @user_errors
 def report(
     folders: Folders,
     out: Out = None,
     evaluation: Evaluations = None,
+    project: Project = None,
     merge: Merge = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -46,8 +54,9 @@ def report(
     """
     from shortstack import commands, report_commands, terminal
 
-    if not merge and not evaluation and report_commands.is_one_run(folders, out):
+    alone = not (merge or evaluation or project)
+    if alone and report_commands.is_one_run(folders, out):
         result = commands.report(folders[0], out or folders[0])
     else:
-        result = report_commands.merge_reports(folders, evaluation or (), out)
+        result = report_commands.merge_reports(folders, evaluation or (), out, project or ())
     answer(result, as_json, lambda: terminal.print_facts(result, quiet))

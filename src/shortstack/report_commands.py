@@ -10,6 +10,7 @@ from shortstack.devices.records import load_records, read_json
 from shortstack.devices.report.merged import merge, write_merged
 from shortstack.errors import ShortstackError
 from shortstack.manifest import check_apart, staged, step_key, write_manifest
+from shortstack.roofline_report import projections, shares
 
 
 def is_one_run(folders: Sequence[Path], out: Path | None) -> bool:
@@ -23,19 +24,22 @@ def is_one_run(folders: Sequence[Path], out: Path | None) -> bool:
 
 
 def merge_reports(
-    paths: Sequence[Path], evaluations: Sequence[Path], out: Path | None
+    paths: Sequence[Path],
+    evaluations: Sequence[Path],
+    out: Path | None,
+    project: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write the merged report of all records at `paths` into the folder `out`.
 
-    Raises ShortstackError for a record or an evaluation that cannot be read, before anything is
-    written.
+    `project`: ids of catalogue devices (docs/roofline.md). Raises ShortstackError for a record, an
+    evaluation or an id that cannot be read, before anything is written.
     """
     if out is None:
         raise ShortstackError("merging records needs a folder for the result. Add: -o OUT")
     check_apart(out, [*paths, *evaluations])
     records = load_records(paths)
     judged = [(str(file), read_json(file)) for file in map(_eval_file, evaluations)]
-    merged = merge(records, judged)
+    merged = merge(records, judged, projections(records, project), shares)
     with staged(out, "report") as partial:
         written = write_merged(merged, partial)
         key = step_key("report", {"runs": [record.run_id for record in records]})

@@ -1,0 +1,75 @@
+"""Shares of the roofline and projections, as the merged report shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shortstack.devices.records import Record
+from shortstack.devices.report.charts import number
+from shortstack.devices.report.merged import Projected
+from shortstack.devices.report.merged.cases import Shape
+from shortstack.devices.roofline.catalogue import catalogue, find
+from shortstack.devices.roofline.project import Projection, project_all
+from shortstack.devices.roofline.share import Share, decode_share, prefill_share
+from shortstack.errors import ShortstackError
+
+ALL = "all"
+
+
+def shares(record: Mapping[str, Any], ceilings: Mapping[str, Any]) -> tuple[Share, Share]:
+    """Of decode and prefill; a `ShareOf` of the merged report."""
+    return decode_share(record, ceilings), prefill_share(record, ceilings)
+
+
+def projections(records: Sequence[Record], wanted: Sequence[str]) -> list[Projected]:
+    """For the devices of the catalogue that are asked for by id; `all` of them.
+
+    Raises ShortstackError for an id that the catalogue does not have, and where no record can be
+    the basis of a projection.
+    """
+    if not wanted:
+        return []
+    ids = set(catalogue()) if ALL in wanted else {find(name).id for name in wanted}
+    runs = [
+        {
+            "run_id": record.run_id,
+            "ceilings": record.ceilings,
+            "measurements": [m.model_dump(by_alias=True) for m in record.measurements],
+        }
+        for record in records
+    ]
+    found, refused = project_all(runs)
+    if not found:
+        why = refused[0] if refused else "no record is of its kind (GPU, CPU, Apple)"
+        raise ShortstackError(f"nothing can be projected: {why}. Leave --project out.")
+    return [_shown(p) for p in found if p.device.id in ids]
+
+
+def _shown(p: Projection) -> Projected:
+    source = next(point.source for point in p.fit.points if point.model == p.target.sha256)
+    errors, work = p.fit.across_devices, source["workload"]
+    error = "not known: one device was measured"
+    if errors is not None:
+        error = (
+            f"at most {100 * errors.largest:.0f} % on {p.fit.n_devices} devices, left out in turn"
+        )
+    count = len(p.fit.points)
+    return Projected(
+        artifact=f"{p.target.label}, {p.fit.group.spec}, {source['artifact']['n_layers']} layers",
+        runtime=p.target.runtime,
+        work=f"{Shape(*(work[n] for n in FIELDS)).words}, context {p.target.context_tokens}",
+        device=p.device.name,
+        decode_tokens_per_s=p.decode_tokens_per_s,
+        low_tokens_per_s=p.low_tokens_per_s,
+        high_tokens_per_s=p.high_tokens_per_s,
+        error=error,
+        need_bytes=None if p.need is None else p.need.total_bytes,
+        fits=tuple((f["have_bytes"], f["fits"]) for f in p.fits() or ()),
+        basis=f"{count} {'record' if count == 1 else 'records'} of {p.fit.group.spec} in "
+        f"{p.fit.group.runtime}, bandwidth: {p.fit.basis}; efficiency "
+        f"{number(p.fit.line.efficiency)}",
+    )
+
+
+FIELDS = ("prompt_tokens", "decode_tokens", "depth_tokens", "batch")
