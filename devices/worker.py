@@ -6,13 +6,17 @@ import gc
 import hashlib
 import importlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from shortstack.child import report_progress
+from shortstack.devices.accelerator import device_memory, snapshot
 from shortstack.devices.host import conditions
+from shortstack.devices.lanes import Lanes, lanes
 from shortstack.devices.memory import Sampler
+from shortstack.devices.page_cache import prepare
 from shortstack.devices.workload import Workload
 from shortstack.session import Session
 
@@ -20,35 +24,48 @@ PHASES = ("start", "load", "warm-up", "run")
 """The phase a trial is in, told to the parent so that a crash can name it."""
 
 
+WINDOW = 4
+STEADY = 0.05
+"""Warm-up ends when the medians of the last two windows of decode steps differ by less."""
+
+
 def timing(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Load, warm up, then time one prefill and every decode step."""
+    """Load, warm up until steady, then time one prompt and every decode step behind it."""
     workload, tokens = Workload.from_dict(request["workload"]), request["tokens"]
+    path, device = Path(request["path"]), request["device"]
     busy = _CpuClock()
-    before = conditions()
+    before, device_before = conditions(), snapshot(device)
+    pages = prepare(path, cold=request["cold"])
     _enter("load")
     start = time.perf_counter()
     session = _open(request, workload)
     load_s = time.perf_counter() - start
     with session:
+        run = lanes(session, workload.batch)
         _enter("warm-up")
-        _generate(session, tokens[: workload.warmup_prompt_tokens], workload.warmup_decode_tokens)
+        warmup = _warm_up(run, tokens, workload)
         _enter("run")
         gc.collect()
         gc.disable()  # a collection in mid-step would be charged to the runtime
         busy.restart()
-        times = _generate(session, tokens, workload.decode_tokens)
+        times = _timed(run, tokens, workload)
         gc.enable()
         share = busy.foreign_share()
         info = session.info
     return {
         **times,
         "load_s": load_s,
+        "load_kind": pages.pop("load_kind"),
+        "warmup": warmup,
         "info": info,
+        "device_before": device_before,
+        "device_after": snapshot(device),
         "conditions": {
             "before": before,
             "after": conditions(),
             "foreign_cpu_share": share,
             "process_threads": _n_threads(),
+            **pages,
         },
     }
 
@@ -60,19 +77,21 @@ def memory(request: Mapping[str, Any]) -> dict[str, Any]:
     importlib.import_module("numpy")
     importlib.import_module(request["opener"].partition(":")[0])
     gc.collect()
-    sampler = Sampler()
-    _enter("load")
-    session = _open(request, workload)
-    sampler.phase("load")
-    with session:
-        _enter("run")
-        token = int(session.prefill(tokens).argmax())
-        sampler.phase("prefill")
-        for _ in range(workload.decode_tokens):
-            token = int(session.decode(token).argmax())
-        sampler.phase("decode")
-        info = session.info
-    return {**sampler.finish(), "info": info}
+    with device_memory(request["device"]) as on_device:
+        sampler = Sampler()
+        _enter("load")
+        session = _open(request, workload)
+        sampler.phase("load")
+        with session:
+            _enter("run")
+            run = lanes(session, workload.batch)
+            chosen = run.choose(_at_depth(run, tokens, workload)())
+            sampler.phase("prefill")
+            for _ in range(workload.decode_tokens):
+                chosen = run.choose(run.decode(chosen))
+            sampler.phase("decode")
+            info = session.info
+    return {**sampler.finish(), "device_memory": on_device(), "info": info}
 
 
 def _open(request: Mapping[str, Any], workload: Workload) -> Session:
@@ -82,30 +101,67 @@ def _open(request: Mapping[str, Any], workload: Workload) -> Session:
         request["runtime"],
         threads=workload.threads,
         context_tokens=workload.context_tokens,
+        device=request["device"],
+        batch=workload.batch,
+        options=request["options"],
     )
     return session
 
 
-def _generate(session: Session, tokens: Sequence[int], steps: int) -> dict[str, Any]:
-    """Greedy, end of text ignored: always `steps` decode steps after the first token."""
+def _warm_up(run: Lanes, tokens: Sequence[int], workload: Workload) -> dict[str, Any]:
+    """Decode until the last windows agree, at most as often as the workload says.
+
+    `steady` is None where fewer steps than two windows were allowed.
+    """
     clock = time.perf_counter
+    prompt = run.prompt(tokens[: workload.warmup_prompt_tokens])
+    chosen = run.choose(run.prefill(prompt))
+    step_s: list[float] = []
+    while len(step_s) < workload.warmup_decode_tokens and not _steady(step_s):
+        begun = clock()
+        chosen = run.choose(run.decode(chosen))
+        step_s.append(clock() - begun)
+    return {"steps": len(step_s), "steady": _steady(step_s), "decode_step_s": step_s}
+
+
+def _steady(step_s: Sequence[float]) -> bool | None:
+    if len(step_s) < 2 * WINDOW:
+        return None
+    now, before = median(step_s[-WINDOW:]), median(step_s[-2 * WINDOW : -WINDOW])
+    return abs(now - before) <= STEADY * before
+
+
+def _at_depth(run: Lanes, tokens: Sequence[int], workload: Workload) -> Callable[[], Any]:
+    """Fill the cache to the workload's depth; what then runs the prompt and gives its logits."""
+    prompt = run.prompt(tokens[workload.depth_tokens :])
+    if not workload.depth_tokens:
+        return lambda: run.prefill(prompt)
+    run.prefill(run.prompt(tokens[: workload.depth_tokens]))
+    return lambda: run.extend(prompt)
+
+
+def _timed(run: Lanes, tokens: Sequence[int], workload: Workload) -> dict[str, Any]:
+    """Greedy, end of text ignored: always as many decode steps, after the first token."""
+    clock = time.perf_counter
+    start_prompt = _at_depth(run, tokens, workload)
     out, step_s = [], []
     start = clock()
-    logits = session.prefill(tokens)
+    logits = start_prompt()
     prefilled = clock()
-    token = int(logits.argmax())
+    chosen = run.choose(logits)
     first = clock()
-    out.append(token)
-    for _ in range(steps):
+    out.append(chosen)
+    for _ in range(workload.decode_tokens):
         begun = clock()
-        token = int(session.decode(token).argmax())
+        chosen = run.choose(run.decode(chosen))
         step_s.append(clock() - begun)
-        out.append(token)
+        out.append(chosen)
+    ids = [one if isinstance(one, int) else one.ravel().tolist() for one in out]
     return {
         "prefill_s": prefilled - start,
         "ttft_s": first - start,
         "decode_step_s": step_s,
-        "output_sha256": hashlib.sha256(repr(out).encode()).hexdigest(),
+        "output_sha256": hashlib.sha256(repr(ids).encode()).hexdigest(),
     }
 
 

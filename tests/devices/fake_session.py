@@ -113,7 +113,7 @@ def _refuse() -> Session:
     raise ShortstackError("fake: this file is not a model. Export it again.")
 
 
-def open_session(path: Path, runtime: str, *, threads: int, context_tokens: int) -> Session:
+def open_session(path: Path, runtime: str, *, threads: int, **_: object) -> Session:
     """The runtime's name says what the session does."""
     table = {
         "sleeper": lambda: _sleeper(threads, 2.0 if "pruned" in path.name else 1.0),

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from shortstack.artifact import Artifact, ExportSpec
-from shortstack.devices.harness import Case, measure, schedule
+from shortstack.devices.harness import Protocol, measure
+from shortstack.devices.schedule import Case, schedule
 from shortstack.devices.workload import Prompt, Workload
 from shortstack.doctor_probes import write_tiny_gguf
 from shortstack.errors import ShortstackError
@@ -22,7 +23,9 @@ from .fake_session import ALLOCATED, DECODE_S, LOAD_S, PREFILL_S
 def test_every_phase_takes_at_least_its_known_time(
     opener: str, make_case: MakeCase, workload: Workload, prompt: Prompt
 ) -> None:
-    (measured,) = measure([make_case("sleeper")], workload, prompt, opener=opener)
+    (measured,) = measure(
+        [make_case("sleeper")], workload, prompt, protocol=Protocol(opener=opener)
+    )
     assert measured.failure is None
     assert len(measured.trials) == 2
     assert min(measured.load_s) >= LOAD_S
@@ -40,7 +43,7 @@ def test_a_model_twice_as_fast_shows_as_faster(
     opener: str, make_case: MakeCase, workload: Workload, prompt: Prompt
 ) -> None:
     cases = [make_case("sleeper"), make_case("sleeper", "pruned")]
-    original, pruned = measure(cases, workload, prompt, opener=opener)
+    original, pruned = measure(cases, workload, prompt, protocol=Protocol(opener=opener))
     for slow, fast in zip(original.decode_tokens_per_s, pruned.decode_tokens_per_s, strict=True):
         assert fast > slow
 
@@ -52,7 +55,7 @@ def test_anonymous_and_file_backed_memory_are_told_apart(
     mapped = 60_000_000
     case = make_case("hoarder", size=mapped)
     only_memory = dataclasses.replace(workload, memory_repeats=1, repeats=1)
-    (measured,) = measure([case], only_memory, prompt, opener=opener)
+    (measured,) = measure([case], only_memory, prompt, protocol=Protocol(opener=opener))
     assert measured.failure is None
     (trial,) = measured.memory
     base, load, prefill = trial.baseline, trial.phases["load"], trial.phases["prefill"]
@@ -91,7 +94,7 @@ def test_a_runtime_that_fails_is_a_record_and_the_others_go_on(
     words: str,
 ) -> None:
     cases = [make_case(runtime), make_case("instant", "pruned")]
-    failed, fine = measure(cases, workload, prompt, opener=opener)
+    failed, fine = measure(cases, workload, prompt, protocol=Protocol(opener=opener))
     assert failed.failure is not None
     assert failed.trials == ()
     assert (failed.failure.kind, failed.failure.signal_name) == (kind, signal_name)
@@ -106,7 +109,9 @@ def test_a_runtime_that_hangs_is_killed_and_recorded(
     opener: str, make_case: MakeCase, workload: Workload, prompt: Prompt
 ) -> None:
     begun = time.monotonic()
-    (hung,) = measure([make_case("hanger")], workload, prompt, opener=opener, timeout_s=5)
+    (hung,) = measure(
+        [make_case("hanger")], workload, prompt, protocol=Protocol(opener=opener, timeout_s=5)
+    )
     assert time.monotonic() - begun >= 5
     assert hung.failure is not None
     assert hung.failure.kind == "timeout"
@@ -117,7 +122,9 @@ def test_a_runtime_that_hangs_is_killed_and_recorded(
 def test_a_runtime_that_prints_json_does_not_confuse_the_record(
     opener: str, make_case: MakeCase, workload: Workload, prompt: Prompt
 ) -> None:
-    (measured,) = measure([make_case("babbler")], workload, prompt, opener=opener)
+    (measured,) = measure(
+        [make_case("babbler")], workload, prompt, protocol=Protocol(opener=opener)
+    )
     assert measured.failure is None
     assert len(measured.trials) == workload.repeats
 
@@ -127,7 +134,13 @@ def test_progress_counts_every_trial(
 ) -> None:
     seen: list[tuple[int, int]] = []
     cases = [make_case("instant"), make_case("crasher", "pruned")]
-    measure(cases, workload, prompt, opener=opener, progress=lambda *at: seen.append(at))
+    measure(
+        cases,
+        workload,
+        prompt,
+        protocol=Protocol(opener=opener),
+        progress=lambda *at: seen.append(at),
+    )
     assert seen == [(done, 4) for done in range(5)]
 
 
@@ -135,14 +148,19 @@ def test_a_prompt_of_another_length_is_refused(
     opener: str, make_case: MakeCase, workload: Workload
 ) -> None:
     with pytest.raises(ShortstackError, match="prompt has 2 tokens"):
-        measure([make_case("instant")], workload, Prompt((1, 2), "short"), opener=opener)
+        measure(
+            [make_case("instant")],
+            workload,
+            Prompt((1, 2), "short"),
+            protocol=Protocol(opener=opener),
+        )
 
 
 def test_one_case_twice_is_refused(
     opener: str, make_case: MakeCase, workload: Workload, prompt: Prompt
 ) -> None:
     with pytest.raises(ShortstackError, match="measured twice"):
-        measure([make_case("instant")] * 2, workload, prompt, opener=opener)
+        measure([make_case("instant")] * 2, workload, prompt, protocol=Protocol(opener=opener))
 
 
 def four_cases(make_case: MakeCase) -> list[Case]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from shortstack.devices.harness import measure
+from shortstack.devices.harness import Protocol, measure
 from shortstack.devices.measurement import Failure, Measurement, Trial
 from shortstack.devices.workload import Prompt, Workload
 from shortstack.errors import ShortstackError
@@ -56,7 +56,7 @@ def test_a_real_measurement_survives_json(
 ) -> None:
     workload = dataclasses.replace(workload, memory_repeats=1)
     cases = [make_case("instant"), make_case("crasher", "pruned")]
-    for measurement in measure(cases, workload, prompt, opener=opener):
+    for measurement in measure(cases, workload, prompt, protocol=Protocol(opener=opener)):
         assert through_json(measurement) == measurement
 
 
@@ -67,8 +67,8 @@ def test_rates_come_from_each_trial_not_from_means(measured: Measurement) -> Non
 
 
 def test_a_newer_schema_is_refused(measured: Measurement) -> None:
-    with pytest.raises(ShortstackError, match="schema 2"):
-        Measurement.from_dict({**measured.to_dict(), "schema": 2})
+    with pytest.raises(ShortstackError, match="schema 3"):
+        Measurement.from_dict({**measured.to_dict(), "schema": 3})
 
 
 @pytest.mark.parametrize("missing", ["trials", "artifact", "workload", "label"])
