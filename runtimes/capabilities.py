@@ -88,3 +88,12 @@ def _check_option(runtime: str, offered: Capability, name: str, value: str) -> N
         raise ShortstackError(
             f"{runtime}: {name} is {value!r}, it must be one of: {', '.join(words)}."
         )
+
+
+def check_batch_at_depth(runtime: str) -> None:
+    """Raise ShortstackError where a batch takes no prompt behind a filled cache."""
+    if not CAPABILITIES[runtime].batch_at_depth:
+        raise ShortstackError(
+            f"{runtime} takes no batch of prompts behind a filled cache. "
+            "Ask for batch 1 or depth 0."
+        )
