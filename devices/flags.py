@@ -13,6 +13,9 @@ BUSY_SHARE = 0.10
 DRIFT = 0.05
 SHORT_WINDOW_S = 0.05
 """Below it the clock, the interpreter and one time slice of another process weigh too much."""
+HARMLESS = {"idle", "application clocks", "display clocks"}
+"""What holds clocks back but was chosen, or ends as soon as there is work."""
+
 SURE_REPEATS = 6
 """From so many on, the range of the rounds covers the median with at least 95 %."""
 
@@ -64,15 +67,16 @@ def _trials(trials: tuple[Trial, ...]) -> Iterator[str]:
     sittings = {t.conditions.get("sitting", 0) for t in trials}
     if len(sittings) > 1:
         yield f"resumed: the trials come from {len(sittings)} sittings"
-    if any(t.conditions.get("on_battery") for t in trials):
-        yield "on battery"
 
 
 def _device(trials: tuple[Trial, ...]) -> Iterator[str]:
     moments = [moment for t in trials for moment in (t.device_before, t.device_after)]
-    reasons = sorted({r for moment in moments for r in moment.get("throttle_reasons") or ()})
+    found = {r for moment in moments for r in moment.get("throttle_reasons") or ()}
+    reasons = sorted(found - HARMLESS)
     if reasons:
         yield f"throttled: {', '.join(reasons)}"
+    if any(moment.get("on_battery") for moment in moments):
+        yield "on battery"
     others = max((moment.get("other_processes") or 0 for moment in moments), default=0)
     if others:
         yield f"foreign process: {others} on the device"

@@ -111,17 +111,25 @@ def _open(request: Mapping[str, Any], workload: Workload) -> Session:
 def _warm_up(run: Lanes, tokens: Sequence[int], workload: Workload) -> dict[str, Any]:
     """Decode until the last windows agree, at most as often as the workload says.
 
-    `steady` is None where fewer steps than two windows were allowed.
+    `steady` is None where fewer steps than two windows were allowed. `prefill_s` is of the first
+    prompt after the load, which reads what a runtime that maps its file has not read yet.
     """
     clock = time.perf_counter
     prompt = run.prompt(tokens[: workload.warmup_prompt_tokens])
+    start = clock()
     chosen = run.choose(run.prefill(prompt))
+    prefill_s = clock() - start
     step_s: list[float] = []
     while len(step_s) < workload.warmup_decode_tokens and not _steady(step_s):
         begun = clock()
         chosen = run.choose(run.decode(chosen))
         step_s.append(clock() - begun)
-    return {"steps": len(step_s), "steady": _steady(step_s), "decode_step_s": step_s}
+    return {
+        "prefill_s": prefill_s,
+        "steps": len(step_s),
+        "steady": _steady(step_s),
+        "decode_step_s": step_s,
+    }
 
 
 def _steady(step_s: Sequence[float]) -> bool | None:
