@@ -172,7 +172,7 @@ def _long_sleeper(threads: int) -> Session:
     return KnownSession(threads, LONG_PREFILL_S, LONG_DECODE_S)
 
 
-def _refuse(why: str = "fake: this file is not a model. Export it again.") -> Session:
+def _refuse(why: str) -> Session:
     raise ShortstackError(why)
 
 
@@ -193,6 +193,6 @@ def open_session(path: Path, runtime: str, *, threads: int, **_: object) -> Sess
         "hanger": lambda: Hanger(threads),
         "babbler": lambda: Babbler(threads),
         "thrower": lambda: Thrower(threads),
-        "refuser": _refuse,
+        "refuser": lambda: _refuse("fake: this file is not a model. Export it again."),
     }
     return table[runtime]()
