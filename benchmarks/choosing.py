@@ -2,7 +2,7 @@
 
     python -m benchmarks.choosing MODEL --text FILE [--drops 4 8 12 15] [--methods NAME ...]
         [--windows 8] [--length 128] [--test-windows 8] [--test-length 256] [--dtype auto]
-        [--repair bias] [--threads 1] [--out choosing-out]
+        [--repair bias] [--screen 0] [--threads 1] [--out choosing-out]
 
 Plans read the text's calibration part, perplexities its selection part. Each method plans once,
 for the deepest cut, and its path or its scores give the others; runs and merges plan for each
@@ -42,6 +42,7 @@ FASTEST_FIRST = (
     *("repaired", "perplexity", "sub-block", "repaired-sub-block", "laco", "shapley"),
 )
 OPTIONS: dict[str, dict[str, Any]] = {"shapley": {"permutations": 2, "depth": 8}}
+SCREENED = ("greedy", "repaired", "sub-block", "repaired-sub-block")
 FOR_EACH_COUNT = ("angular", "cosine-run", "every", "laco", "last", "random")
 
 
@@ -117,7 +118,9 @@ def measured(text: Text, method: str) -> dict[str, Any]:
     begin = time.perf_counter()
     for count in drops if method in FOR_EACH_COUNT else drops[-1:]:
         pieces = 2 * count if METHODS[method].sub_blocks else count
-        options = OPTIONS.get(method, {})
+        options = dict(OPTIONS.get(method, {}))
+        if text.asked.screen is not None and method in SCREENED:
+            options["screen"] = text.asked.screen
         plans.append(planner(method)(text.checkpoint, drop=pieces, windows=given, **options))
     spent = time.perf_counter() - begin
     evaluations = [plan.facts.get("layer_evaluations", 0) for plan in plans]
@@ -164,6 +167,7 @@ def main() -> None:
     parser.add_argument("--test-length", type=int, default=256)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repair", default="none", choices=REPAIRS)
+    parser.add_argument("--screen", type=int, help="of the methods that have it; 0 tries all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("choosing-out"))
     asked = parser.parse_args()

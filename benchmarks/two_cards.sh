@@ -8,12 +8,13 @@ model=$1 data=$2 out=$3
 mkdir -p "$out/trim"
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 
-order() { # healed on the first card; exported and scored by the processor while the trims run
+order() { # healed on the first card; exported by the processor, scored on the card beside the trims
   CUDA_VISIBLE_DEVICES=0 python3 -m benchmarks.order "$model" --out "$out/order" \
     --text "$data/general/wikitext2/validation.jsonl" --test "$data/general/wikitext2/test.jsonl" \
     --general "$data/general/tinyshakespeare" "$data/general/gsm8k" "$data/legal/contracts_text" \
     "$data/finance/finqa" --drop 4 8 12 --tokens 3000000 --rate 1e-3 --window-tokens 512 \
-    --batch-windows 8 --eval-steps 100 --jobs 6 --windows 96 >"$out/order.md" 2>"$out/order.log"
+    --batch-windows 8 --eval-steps 100 --jobs 6 --windows 240 --device cuda:0 \
+    >"$out/order.md" 2>"$out/order.log"
 }
 depth() { # on the first card, beside trims; repairs run on the processor
   python3 -m benchmarks.depth "$model" --data "$data" --out "$out/depth" --depths 12 15 \

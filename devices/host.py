@@ -26,6 +26,8 @@ LIBRARIES = (
     "gguf",
     "onnx",
     "numpy",
+    "bitsandbytes",
+    "nvidia-ml-py",
 )
 ISA_FLAGS = (
     *("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
@@ -35,6 +37,7 @@ ISA_FLAGS = (
 """Instruction sets that the runtimes' matrix kernels choose by."""
 
 CPU = Path("/sys/devices/system/cpu")
+NODES = Path("/sys/devices/system/node")
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -42,19 +45,24 @@ def describe() -> dict[str, Any]:
     """Facts that stay the same during a run; what cannot be read is None."""
     import psutil
 
+    from shortstack.devices.listing import devices
+
     return {
         "cpu": {
-            "model": _cpu_model(),
+            "model": cpu_model(),
             "physical_cores": psutil.cpu_count(logical=False),
             "logical_cores": psutil.cpu_count(logical=True),
             "affinity_cores": len(_affinity()),
             "usable_cores": usable_cores(),
             "governor": _read(CPU / "cpu0/cpufreq/scaling_governor"),
             "isa": _isa(),
+            "hyperthreading": _switch(CPU / "smt/active"),
+            "numa_nodes": len(list(NODES.glob("node[0-9]*"))) or None,
         },
         "ram_bytes": psutil.virtual_memory().total,
-        "cgroup": {"cpu_cores": _cgroup_cores(), "memory_bytes": _cgroup_memory()},
-        "container": _container(),
+        "cgroup": {"cpu_cores": _cgroup_cores(), "memory_bytes": memory_limit_bytes()},
+        "power_source": _power_source(),
+        "container": container(),
         "hypervisor": "hypervisor" in _cpu_flags() if sys.platform == "linux" else None,
         "os": _os_name(),
         "kernel": f"{platform.system()} {platform.release()}",
@@ -75,11 +83,6 @@ def conditions() -> dict[str, Any]:
         "cpu_mhz": round(frequency.current) if frequency and frequency.current else None,
         "available_ram_bytes": psutil.virtual_memory().available,
     }
-
-
-def devices() -> list[dict[str, Any]]:
-    """What models can run on. Only the CPU so far; accelerators join this list."""
-    return [{"id": "cpu", "name": _cpu_model()}]
 
 
 def libraries() -> dict[str, str]:
@@ -124,6 +127,11 @@ def _read(path: Path) -> str | None:
         return None
 
 
+def _switch(path: Path) -> bool | None:
+    text = _read(path)
+    return None if text is None else text == "1"
+
+
 @functools.cache
 def _cpuinfo() -> dict[str, str]:
     """The first processor's fields in /proc/cpuinfo; empty elsewhere than Linux."""
@@ -143,7 +151,8 @@ def _isa() -> list[str]:
 
 
 @functools.cache
-def _cpu_model() -> str | None:
+def cpu_model() -> str | None:
+    """What the processor calls itself; None where the system does not tell."""
     if sys.platform == "darwin":
         asked = subprocess.run(
             ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"],
@@ -167,7 +176,7 @@ def _cgroup_cores() -> float | None:
     return int(parts[0]) / int(parts[1])
 
 
-def _cgroup_memory() -> int | None:
+def memory_limit_bytes() -> int | None:
     """Memory limit in bytes; cgroup v1 writes a number near 2**63 for none."""
     text = _read(CGROUP / "memory.max") or _read(CGROUP / "memory/memory.limit_in_bytes")
     if text is None or not text.isdigit() or int(text) > 1 << 60:
@@ -175,7 +184,14 @@ def _cgroup_memory() -> int | None:
     return int(text)
 
 
-def _container() -> str | None:
+def _power_source() -> str | None:
+    from shortstack.devices.conditions import on_battery
+
+    battery = on_battery()
+    return None if battery is None else "battery" if battery else "mains"
+
+
+def container() -> str | None:
     """Which kind of container we are in, as far as it shows; None where it does not."""
     if Path("/.dockerenv").exists():
         return "docker"

@@ -93,10 +93,11 @@ def drawn(windows: Sequence[list[int]], seed: int) -> list[list[int]]:
 def _check_disjoint(own: Documents, general: Documents) -> None:
     shared = set(own.train) & {*general.selection, *general.test}
     shared |= set(general.train) & {*own.selection, *own.test}
+    shared |= set(own.selection) & set(general.test) | set(general.selection) & set(own.test)
     if shared:
         raise ShortstackError(
-            f"your text and the general text share {len(shared)} documents between training and "
-            "selection or test: a leak. Remove them from one file."
+            f"your text and the general text share {len(shared)} documents between training, "
+            "selection and test: a leak. Remove them from one file."
         )
 
 

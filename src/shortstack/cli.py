@@ -187,12 +187,18 @@ def report(
 @app.command()
 @user_errors
 def doctor(as_json: JsonOption = False) -> None:
-    """Try every runtime in a process of its own; say what is missing and what to do."""
+    """Try every runtime on every device; say what is missing and what to do."""
     from shortstack import terminal
-    from shortstack.doctor import examine, healthy
+    from shortstack.devices.listing import survey
+    from shortstack.doctor import examine
+    from shortstack.findings import healthy
 
     findings = examine()
-    data = {"findings": [finding.to_dict() for finding in findings], "healthy": healthy(findings)}
+    data = {
+        "findings": [finding.to_dict() for finding in findings],
+        "healthy": healthy(findings),
+        **survey(),
+    }
     answer(data, as_json, lambda: terminal.print_findings(findings))
     if not data["healthy"]:
         raise typer.Exit(2)

@@ -6,17 +6,14 @@ import importlib.metadata
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from shortstack import child
-from shortstack.errors import ShortstackError
+from shortstack.doctor_pairs import Probe, pairs
+from shortstack.findings import Finding, Status
 from shortstack.progress import OnProgress, silent
 
-Status = Literal["ok", "warning", "problem"]
-TIMEOUT_S = 120.0
 LEAST_PYTHON = (3, 11)
 LOW_RAM_BYTES = 2_000_000_000
 LOW_DISK_BYTES = 5_000_000_000
@@ -26,76 +23,6 @@ OPTIONAL = {
     "demo": "for make demo",
     "dev": "for tests",
 }
-NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at. A `problem` stops work, a `warning` limits it."""
-
-    name: str
-    status: Status
-    fact: str
-    next_step: str = ""
-
-    def to_dict(self) -> dict[str, str]:
-        return dict(vars(self))
-
-
-Probe = Callable[[], Sequence[Finding]]
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """How a runtime is tried: `function` is `module:name`, called in a process of its own."""
-
-    name: str
-    packages: tuple[str, ...]
-    extra: str
-    function: str
-    remedy: str
-    fallback: str | None = None
-    """Tried where `function` fails: the way round that our own session takes."""
-
-
-def rebuild_llama(pinned: str) -> str:
-    """The command that compiles llama.cpp without AMX (gcc on x86; others need no flags)."""
-    flags = f'CFLAGS="{NO_AMX}" CXXFLAGS="{NO_AMX}" '
-    install = "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python"
-    return f"On x86 with gcc run: {flags}{install} llama-cpp-python=={pinned}"
-
-
-RUNTIMES = (
-    Runtime(
-        "llama.cpp",
-        ("llama-cpp-python",),
-        "gguf",
-        "shortstack.doctor_probes:llama_cpp",
-        rebuild_llama("0.3.36"),
-        "shortstack.doctor_probes:llama_cpp_session",
-    ),
-    Runtime(
-        "onnxruntime",
-        ("onnxruntime", "onnxruntime-gpu"),
-        "onnx",
-        "shortstack.doctor_probes:onnxruntime",
-        "Run: pip install --force-reinstall 'shortstack[onnx]'",
-    ),
-    Runtime(
-        "onnxruntime-genai",
-        ("onnxruntime-genai", "onnxruntime-genai-cuda"),
-        "onnx",
-        "shortstack.doctor_probes:onnxruntime_genai",
-        "Run: pip install --force-reinstall 'shortstack[onnx]'",
-    ),
-    Runtime(
-        "pytorch",
-        ("torch",),
-        "prune",
-        "shortstack.doctor_probes:pytorch",
-        "Run: pip install --force-reinstall 'shortstack[prune]'",
-    ),
-)
 
 
 def examine(
@@ -111,14 +38,11 @@ def examine(
     return findings
 
 
-def healthy(findings: Sequence[Finding]) -> bool:
-    """Whether nothing is a problem; warnings do not count."""
-    return all(finding.status != "problem" for finding in findings)
-
-
 def all_probes() -> list[Probe]:
-    tries = [lambda r=runtime: [try_runtime(r)] for runtime in RUNTIMES]
-    return [python, extras, onnxruntime_twins, *tries, machine, devices]
+    from shortstack.devices.listing import survey
+
+    tries = pairs(survey(), installed_packages())
+    return [python, extras, onnxruntime_twins, machine, devices, *tries, energy_counters]
 
 
 def python() -> list[Finding]:
@@ -170,25 +94,6 @@ def onnxruntime_twins(installed: Mapping[str, str] | None = None) -> list[Findin
     return findings
 
 
-def try_runtime(
-    runtime: Runtime, installed: Mapping[str, str] | None = None, timeout_s: float = TIMEOUT_S
-) -> Finding:
-    """Compute something known with the runtime, in a child that may die."""
-    have = installed_packages() if installed is None else installed
-    found = [f"{name} {have[name]}" for name in runtime.packages if name in have]
-    if not found:
-        step = f"Run: pip install 'shortstack[{runtime.extra}]'"
-        return Finding(runtime.name, "warning", "not installed", step)
-    version = ", ".join(found)
-    worked, words = _attempt(runtime.name, runtime.function, timeout_s)
-    if worked:
-        return Finding(runtime.name, "ok", f"{version}: {words}")
-    if runtime.fallback and _attempt(runtime.name, runtime.fallback, timeout_s)[0]:
-        fact = f"{version}: with its defaults it {words}; a slower way round works and is in force"
-        return Finding(runtime.name, "warning", fact, runtime.remedy)
-    return Finding(runtime.name, "problem", f"{version}: {words}", runtime.remedy)
-
-
 def machine() -> list[Finding]:
     """Cores, memory and disk, with what is free now."""
     import psutil
@@ -218,16 +123,55 @@ def machine() -> list[Finding]:
     ]
 
 
-def devices() -> list[Finding]:
-    """What models can run on."""
+def devices(survey: Mapping[str, Any] | None = None) -> list[Finding]:
+    """What models can run on, and why there is no more of it."""
+    from shortstack.devices import listing
     from shortstack.devices.host import describe
+    from shortstack.devices.nvidia import driver_seen
 
-    facts = describe()
-    isa = ", ".join(facts["cpu"]["isa"])
-    return [
-        Finding(f"device {d['id']}", "ok", f"{d['name'] or 'unknown'}{f' ({isa})' if isa else ''}")
-        for d in facts["devices"]
+    found = listing.survey() if survey is None else survey
+    isa = ", ".join(describe()["cpu"]["isa"])
+    here = [
+        Finding(f"device {one['id']}", "ok", _device_words(one, isa)) for one in found["devices"]
     ]
+    return here + [
+        Finding(f"devices by {_ASKED[kind]}", _unless(kind == "cuda" and driver_seen()), reason)
+        for kind, reason in found["missing"].items()
+    ]
+
+
+def energy_counters() -> list[Finding]:
+    """Which energy counters can be read; none is no fault, records then say why."""
+    from shortstack.devices import energy, listing
+
+    findings = []
+    for one in listing.devices():
+        counters, reasons = energy.counters(one["id"])
+        words = [f"{counter.scope} by {counter.method}" for counter in counters]
+        findings.append(Finding(f"energy of {one['id']}", "ok", "; ".join(words + reasons)))
+    return findings
+
+
+_ASKED = {"cuda": "NVML", "llama.cpp": "llama.cpp"}
+
+
+def _unless(limited: bool) -> Status:
+    return "warning" if limited else "ok"
+
+
+def _device_words(one: Mapping[str, Any], isa: str) -> str:
+    words = [one["name"] or "unknown"]
+    if one["kind"] == "cpu":
+        return f"{words[0]} ({isa})" if isa else words[0]
+    if one["vram_bytes"]:
+        words.append(_gb(one["vram_bytes"]))
+    if one.get("driver"):
+        words.append(f"driver {one['driver']} for CUDA {one['cuda']}")
+    if one.get("power_limit_w"):
+        words.append(f"{one['power_limit_w']:g} W")
+    if one.get("other_processes"):
+        words.append(f"used by {one['other_processes']} other processes")
+    return ", ".join(words)
 
 
 def installed_packages() -> dict[str, str]:
@@ -237,17 +181,6 @@ def installed_packages() -> dict[str, str]:
         for d in importlib.metadata.distributions()
         if d.metadata["Name"]
     }
-
-
-def _attempt(name: str, function: str, timeout_s: float) -> tuple[bool, str]:
-    try:
-        answer: dict[str, Any] = child.call(function, {}, timeout_s=timeout_s, what=name)
-    except child.ChildCrashError as error:
-        words = error.reason if error.kind != "exit" else str(error).removeprefix(f"{name} ")
-        return False, words.removesuffix(" See what works here: shortstack doctor")
-    except ShortstackError as error:
-        return False, f"says: {error}"
-    return True, str(answer["fact"])
 
 
 def _extra_finding(

@@ -2,51 +2,62 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shortstack.doctor_onnx import CONTEXT, decoder_answer, decoder_inputs, write_tiny_onnx
 from shortstack.errors import ShortstackError
 
 BATCH = 64
 """More than one token: AMX kernels, which may crash, run on batches only."""
 WIDTH, VOCAB, LAYERS = 256, 256, 2
+CLOSE = 0.1
+"""Other kernels round otherwise: logits may differ by this share of their own spread."""
+
+PROMPT, NEXT = (3, 1, 2, 7), 5
 
 
 def llama_cpp(request: Mapping[str, Any]) -> dict[str, str]:
-    """A batch through a tiny model with the library's own defaults, not with our way round."""
-    import ctypes
+    """A batch through a tiny model with the library's own defaults, not with our way round.
 
+    On another device than the CPU every layer is there, and the logits must be those of the CPU.
+    """
     import numpy as np
 
-    from shortstack.libllama import last_words, libllama, system_info
+    from shortstack.libllama import libllama, system_info
+    from shortstack.llama_devices import device_id, handles
 
+    device = request["device"]
     lib = libllama()
     with tempfile.TemporaryDirectory() as folder:
         path = write_tiny_gguf(Path(folder) / "tiny.gguf")
-        model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
-        if not model:
-            raise ShortstackError(f"llama.cpp cannot open a tiny model: {last_words()}")
-        params = lib.llama_context_default_params()
-        params.n_ctx = params.n_batch = 2 * BATCH
-        params.n_threads = params.n_threads_batch = 1
-        context = lib.llama_init_from_model(model, params)
-        tokens = (ctypes.c_int32 * BATCH)(*range(BATCH))
-        code = lib.llama_decode(context, lib.llama_batch_get_one(tokens, BATCH))
-        if code:
-            raise ShortstackError(f"llama.cpp failed with code {code}: {last_words()}")
-        logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(context, -1), (VOCAB,))
-        _check("llama.cpp", bool(np.isfinite(logits).all() and logits.std() > 0))
-    return {"fact": f"runs a batch of {BATCH} with its defaults ({_features(system_info())})"}
+        if device == "cpu":
+            logits = _llama_logits(path, {})
+            _check("llama.cpp", bool(np.isfinite(logits).all() and logits.std() > 0))
+            features = _features(system_info())
+            return {"fact": f"runs a batch of {BATCH} with its defaults ({features})"}
+        here = {device_id(name): (name, pointer) for name, pointer in handles().items()}
+        if device not in here or not lib.llama_supports_gpu_offload():
+            return {"lacks": f"this build has no {device.partition(':')[0]} backend"}
+        name, pointer = here[device]
+        told = _llama_logits(path, {"n_gpu_layers": LAYERS + 1}, pointer)
+        plain = _llama_logits(path, {"n_gpu_layers": 0, "use_extra_bufts": False})
+        close = bool(np.abs(told - plain).max() < CLOSE * plain.std())
+        _check(f"llama.cpp on {name}", close)
+    return {"fact": f"runs a batch of {BATCH} on {name}, with the logits of the CPU"}
 
 
 def llama_cpp_session(request: Mapping[str, Any]) -> dict[str, str]:
-    """The same model as our own session opens it."""
+    """The same model as our own session opens it on the CPU; elsewhere there is no way round."""
     import numpy as np
 
     from shortstack.runtimes import open_session
 
+    if request["device"] != "cpu":
+        raise ShortstackError(f"llama.cpp has no way round on {request['device']}")
     with tempfile.TemporaryDirectory() as folder:
         path = write_tiny_gguf(Path(folder) / "tiny.gguf")
         with open_session(path, "llama.cpp", threads=1, context_tokens=2 * BATCH) as session:
@@ -56,46 +67,137 @@ def llama_cpp_session(request: Mapping[str, Any]) -> dict[str, str]:
 
 
 def onnxruntime(request: Mapping[str, Any]) -> dict[str, str]:
-    """A matrix product as a graph of one node."""
+    """A prompt through a decoder of five nodes."""
     import numpy as np
-    import onnx
     import onnxruntime as ort
 
-    size = [WIDTH, WIDTH]
-    values = [
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, size) for name in "abc"
-    ]
-    node = onnx.helper.make_node("MatMul", ["a", "b"], ["c"])
-    graph = onnx.helper.make_graph([node], "product", values[:2], values[2:])
-    opset = [onnx.helper.make_opsetid("", 17)]
-    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    a = np.arange(WIDTH * WIDTH, dtype=np.float32).reshape(size) / WIDTH**2
-    (c,) = session.run(None, {"a": a, "b": np.eye(WIDTH, dtype=np.float32) * 2})
-    _check("onnxruntime", bool(np.allclose(c, 2 * a)))
-    providers = [name.removesuffix("ExecutionProvider") for name in ort.get_available_providers()]
-    return {"fact": f"computes on the CPU; providers: {', '.join(providers)}"}
+    provider = "CPUExecutionProvider" if request["device"] == "cpu" else "CUDAExecutionProvider"
+    offered = ort.get_available_providers()
+    names = ", ".join(name.removesuffix("ExecutionProvider") for name in offered)
+    if provider not in offered:
+        return {"lacks": f"this build has no CUDA provider, it has: {names}"}
+    options: dict[str, str] = {}
+    if provider.startswith("CUDA"):
+        options = {"device_id": request["device"].partition(":")[2]}
+        ort.preload_dlls()
+    ort.disable_telemetry_events()
+    ort.set_default_logger_severity(4)
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_tiny_onnx(Path(folder))
+        session = ort.InferenceSession(str(path), providers=[(provider, options)])
+    if provider not in session.get_providers():  # it goes on with the CPU when a library is missing
+        raise ShortstackError(f"the CUDA libraries of onnxruntime do not load; it has: {names}")
+    (logits,) = session.run(["logits"], decoder_inputs(PROMPT))
+    _check("onnxruntime", bool(np.allclose(logits[0, -1], decoder_answer(PROMPT), atol=1e-3)))
+    return {"fact": f"runs a tiny decoder on {request['device']}; providers: {names}"}
 
 
 def onnxruntime_genai(request: Mapping[str, Any]) -> dict[str, str]:
-    import onnxruntime_genai
+    """The same decoder, a prompt and a token after it: its cache is used."""
+    import numpy as np
+    import onnxruntime_genai as genai
 
-    _check("onnxruntime-genai", hasattr(onnxruntime_genai, "Generator"))
-    return {"fact": "can be imported"}
+    device = request["device"]
+    genai.disable_telemetry_events()
+    if device != "cpu" and not genai.is_cuda_available():
+        return {"lacks": "this build has no CUDA provider"}
+    with tempfile.TemporaryDirectory() as folder:
+        write_tiny_onnx(Path(folder))
+        config = genai.Config(folder)
+        config.clear_providers()
+        if device != "cpu":
+            config.append_provider("cuda")
+            config.set_provider_option("cuda", "device_id", device.partition(":")[2])
+        model = genai.Model(config)
+        params = genai.GeneratorParams(model)
+        params.set_search_options(max_length=CONTEXT, do_sample=False)
+        generator = genai.Generator(model, params)
+        for tokens in (PROMPT, (NEXT,)):
+            generator.append_tokens(np.array([tokens], np.int32))
+        logits = np.array(generator.get_logits(), np.float32).ravel()
+        right = decoder_answer((*PROMPT, NEXT))
+        _check("onnxruntime-genai", bool(np.allclose(logits, right, atol=1e-3)))
+    return {"fact": f"runs a tiny decoder on {device}, with its cache"}
 
 
 def pytorch(request: Mapping[str, Any]) -> dict[str, str]:
-    """Products in float32 and bfloat16: the second takes AMX where there is one."""
+    """Products in float32 and bfloat16 (AMX where there is one), then a tiny Llama, if we can.
+
+    Elsewhere than on the CPU: both, and the logits must be those of the CPU.
+    """
     import torch
 
-    a = torch.arange(WIDTH * WIDTH, dtype=torch.float32).reshape(WIDTH, WIDTH) / WIDTH**2
-    eye = torch.eye(WIDTH)
+    place = {"metal": "mps"}.get(request["device"].partition(":")[0], request["device"])
+    if place.startswith("cuda") and not torch.cuda.is_available():
+        build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        return {"lacks": f"this build, {build}, sees no NVIDIA card"}
+    if place == "mps" and not torch.backends.mps.is_available():
+        return {"lacks": "this build sees no Metal device"}
+    a = torch.arange(WIDTH * WIDTH, dtype=torch.float32, device=place).reshape(WIDTH, WIDTH)
+    half, eye = (a / WIDTH**2).bfloat16(), torch.eye(WIDTH, device=place)
     _check("pytorch", bool(torch.allclose(a @ eye, a)))
-    half = a.bfloat16()
     _check("pytorch in bfloat16", bool(torch.equal(half @ eye.bfloat16(), half)))
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    where = f"the CPU and {', '.join(gpus)}" if gpus else "the CPU"
-    return {"fact": f"computes; devices: {where}"}
+    if importlib.util.find_spec("transformers") is None:
+        return {"fact": f"computes on {place}"}
+    _check(f"pytorch on {place}", _llama_agrees(place))
+    return {"fact": f"runs a tiny Llama on {place} in float32 and bfloat16"}
+
+
+def _llama_agrees(place: str) -> bool:
+    """Whether a random Llama gives in float32 and bfloat16 on `place` what it gives on the CPU."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    tokens = torch.arange(BATCH)[None]
+    with torch.inference_mode():
+        right = model(tokens).logits
+        for kind in (torch.float32, torch.bfloat16):
+            told = model.to(place, kind)(tokens.to(place)).logits.float().cpu()
+            if not bool((told - right).abs().max() < CLOSE * right.std()):
+                return False
+    return True
+
+
+def _llama_logits(path: Path, options: Mapping[str, Any], device: int | None = None) -> Any:
+    """Logits after a batch of the tiny model: array (vocab,). Raises ShortstackError.
+
+    `options` are fields of llama_model_params; `device` is a pointer from llama.cpp's list.
+    """
+    import ctypes
+
+    import numpy as np
+
+    from shortstack.libllama import last_words, libllama
+
+    lib = libllama()
+    params = lib.llama_model_default_params()
+    for key, value in options.items():
+        setattr(params, key, value)
+    alone = (ctypes.c_void_p * 2)(device, None)  # ends with a null
+    if device is not None:
+        params.devices = ctypes.cast(alone, ctypes.c_void_p)
+    model = lib.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        raise ShortstackError(f"llama.cpp cannot open a tiny model: {last_words()}")
+    settings = lib.llama_context_default_params()
+    settings.n_ctx = settings.n_batch = 2 * BATCH
+    settings.n_threads = settings.n_threads_batch = 1
+    context = lib.llama_init_from_model(model, settings)
+    tokens = (ctypes.c_int32 * BATCH)(*range(BATCH))
+    code = lib.llama_decode(context, lib.llama_batch_get_one(tokens, BATCH))
+    if code:
+        raise ShortstackError(f"llama.cpp failed with code {code}: {last_words()}")
+    return np.ctypeslib.as_array(lib.llama_get_logits_ith(context, -1), (VOCAB,)).copy()
 
 
 def write_tiny_gguf(path: Path) -> Path:

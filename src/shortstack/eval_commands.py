@@ -41,7 +41,7 @@ def evaluate(
     """
     sets = distinct(sets)
     for spec in sets:  # before a model is opened
-        spec.module.check(spec.path)
+        spec.module.check(spec.path, spec.metric)
     check_threads(loading.threads)
     _check_out(out)
     named = [Path(name) for name in (*models, against) if name is not None]

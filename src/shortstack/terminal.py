@@ -11,7 +11,7 @@ from shortstack.progress import Display, OnProgress, Quiet
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from shortstack.doctor import Finding
+    from shortstack.findings import Finding
 
 
 class Terminal:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from tests.evaluate.conftest import write_rows
 
+from shortstack.errors import ShortstackError
 from shortstack.evaluate.codec import FolderCodec
-from shortstack.evaluate.generation import Prompt, is_right, open_prompts, score
+from shortstack.evaluate.generation import Prompt, check, is_right, open_prompts, score
 from shortstack.evaluate.scorer import Stop
 from shortstack.evaluate.sets import SetSpec
 from shortstack.evaluate.torch_scorer import TorchScorer
@@ -46,6 +47,21 @@ def test_an_answer_is_right_by_its_metric(
     said: str, prompt: Prompt, metric: str, right: bool
 ) -> None:
     assert is_right(said, prompt, metric) is right
+
+
+@pytest.mark.parametrize(
+    ("answer", "metric"),
+    [("two words", "exact_match"), ("\u2026", "exact_match"), ("many", "last_number")],
+)
+def test_a_row_that_no_answer_could_be_right_on_is_refused(
+    answer: str, metric: str, tmp_path: Path
+) -> None:
+    rows = [{"id": "fine", "context": "I owe you", "target": "7"}]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    check(tmp_path / "rows.jsonl", metric)
+    write_rows(tmp_path / "rows.jsonl", [*rows, {"id": "bad", "context": "So", "target": answer}])
+    with pytest.raises(ShortstackError, match="row bad: the answer .* would not be right by"):
+        check(tmp_path / "rows.jsonl", metric)
 
 
 class Counting(TorchScorer):

@@ -129,7 +129,7 @@ def _label_ids(labels: dict[str, int] | None, question: Question) -> tuple[int, 
     return None if labels is None else tuple(labels[choice] for choice in question.choices)
 
 
-def check(path: Path) -> None:
+def check(path: Path, metric: str) -> None:
     """Raises ShortstackError for a file whose rows are no questions."""
     open_questions(path)
 

@@ -80,9 +80,15 @@ def _prompt(path: Path, number: int, row: Mapping[str, Any]) -> Prompt:
     )
 
 
-def check(path: Path) -> None:
-    """Raises ShortstackError for a file whose rows are of another kind."""
-    open_prompts(path)
+def check(path: Path, metric: str) -> None:
+    """Raises ShortstackError for a file whose rows are of another kind, or hold an answer that
+    would not count as right if it were said: two words for one, no number, only punctuation."""
+    for prompt in open_prompts(path):
+        if not is_right(prompt.answer, prompt, metric):
+            raise ShortstackError(
+                f"{path}, row {prompt.id}: the answer {prompt.answer!r} would not be right by "
+                f"{metric} itself. Mend the row or ask for another metric."
+            )
 
 
 def score(

@@ -68,7 +68,7 @@ def windows_of(scorer: Scorer, codec: Codec, spec: SetSpec, seed: int) -> list[l
     return cut_windows(codec, documents, length, spec.limit or WINDOWS, seed)
 
 
-def check(path: Path) -> None:
+def check(path: Path, metric: str) -> None:
     """Raises ShortstackError for a file whose rows are of another kind."""
     open_documents(path)
 

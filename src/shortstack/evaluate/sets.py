@@ -84,8 +84,9 @@ class Kind(Protocol):
     METRICS: tuple[str, ...]
     """The first is the default; each is a key of what `summarise` returns."""
 
-    def check(self, path: Path) -> None:
-        """Raise ShortstackError for a file whose rows are of another kind."""
+    def check(self, path: Path, metric: str) -> None:
+        """Raise ShortstackError for a file whose rows are of another kind, or that no answer
+        could be right on by this metric."""
         ...
 
     def score(

@@ -85,6 +85,10 @@ def test_leaks_are_refused(tmp_path: Path, cut: Checkpoint) -> None:
         rows(general / "train.jsonl", [f"own {leaked} " + "word " * 99])
         with pytest.raises(ShortstackError, match="share 1 documents"):
             windows_for(cut, text, settings())
+    rows(general / "train.jsonl", ["general again " + "text " * 99])
+    rows(general / "validation.jsonl", ["own reported " + "word " * 99])
+    with pytest.raises(ShortstackError, match="share 1 documents"):
+        windows_for(cut, text, settings())
     rows(own / "train.jsonl", ["own chosen " + "word " * 99])
     with pytest.raises(ShortstackError, match="share 1 documents"):
         windows_for(cut, HealText((str(own),)), settings())
