@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shortstack.artifact import Artifact
-from shortstack.devices.host import describe
+from shortstack.devices import vram
 from shortstack.devices.workload import Workload
 from shortstack.errors import ShortstackError
 from shortstack.families import decoder_config, dims
@@ -74,14 +74,8 @@ def refusal(
 
 def available_bytes(device: str, info: Mapping[str, Any]) -> int | None:
     """Memory that a model could take now; None where it is not known."""
-    if device != "cpu":
-        free = info.get("vram_free_bytes") or info.get("vram_bytes")
-        return int(free) if free else None
-    import psutil
-
-    limit = describe()["cgroup"]["memory_bytes"]
-    free = int(psutil.virtual_memory().available)
-    return min(free, limit) if limit else free
+    free = vram.free_bytes(device)
+    return info.get("vram_bytes") if free is None else free
 
 
 def _weight_bytes(artifact: Artifact, options: Mapping[str, str]) -> int:

@@ -13,9 +13,6 @@ BUSY_SHARE = 0.10
 DRIFT = 0.05
 SHORT_WINDOW_S = 0.05
 """Below it the clock, the interpreter and one time slice of another process weigh too much."""
-HARMLESS = {"idle", "application clocks", "display clocks"}
-"""What holds clocks back but was chosen, or ends as soon as there is work."""
-
 SURE_REPEATS = 6
 """From so many on, the range of the rounds covers the median with at least 95 %."""
 
@@ -26,7 +23,7 @@ def flags(measurement: Measurement) -> Iterator[str]:
         yield from _rounds(measurement)
         yield from _speed(measurement)
         yield from _trials(measurement.trials)
-        yield from _device(measurement.trials)
+        yield from _device(measurement)
 
 
 def _rounds(measurement: Measurement) -> Iterator[str]:
@@ -69,14 +66,13 @@ def _trials(trials: tuple[Trial, ...]) -> Iterator[str]:
         yield f"resumed: the trials come from {len(sittings)} sittings"
 
 
-def _device(trials: tuple[Trial, ...]) -> Iterator[str]:
-    moments = [moment for t in trials for moment in (t.device_before, t.device_after)]
-    found = {r for moment in moments for r in moment.get("throttle_reasons") or ()}
-    reasons = sorted(found - HARMLESS)
-    if reasons:
-        yield f"throttled: {', '.join(reasons)}"
-    if any(moment.get("on_battery") for moment in moments):
-        yield "on battery"
-    others = max((moment.get("other_processes") or 0 for moment in moments), default=0)
-    if others:
-        yield f"foreign process: {others} on the device"
+def _device(measurement: Measurement) -> Iterator[str]:
+    """What the sensors and counters of the device say, each thing once."""
+    from shortstack.devices import conditions, energy
+
+    found = [
+        flag
+        for t in measurement.trials
+        for flag in conditions.flags(t.device_before, t.device_after)
+    ]
+    yield from dict.fromkeys([*found, *energy.flags(measurement.energy)])

@@ -12,7 +12,8 @@ from statistics import median
 from typing import Any
 
 from shortstack.child import report_progress
-from shortstack.devices.accelerator import device_memory, snapshot
+from shortstack.devices import vram
+from shortstack.devices.conditions import snapshot
 from shortstack.devices.host import conditions
 from shortstack.devices.lanes import Lanes, lanes
 from shortstack.devices.memory import Sampler
@@ -77,21 +78,28 @@ def memory(request: Mapping[str, Any]) -> dict[str, Any]:
     importlib.import_module("numpy")
     importlib.import_module(request["opener"].partition(":")[0])
     gc.collect()
-    with device_memory(request["device"]) as on_device:
-        sampler = Sampler()
-        _enter("load")
-        session = _open(request, workload)
-        sampler.phase("load")
-        with session:
-            _enter("run")
-            run = lanes(session, workload.batch)
-            chosen = run.choose(_at_depth(run, tokens, workload)())
-            sampler.phase("prefill")
-            for _ in range(workload.decode_tokens):
-                chosen = run.choose(run.decode(chosen))
-            sampler.phase("decode")
-            info = session.info
-    return {**sampler.finish(), "device_memory": on_device(), "info": info}
+    card, _ = vram.watch(request["device"])
+    sampler = Sampler()
+
+    def ended(phase: str) -> None:
+        sampler.phase(phase)
+        if card is not None:
+            card.phase(phase)
+
+    _enter("load")
+    session = _open(request, workload)
+    ended("load")
+    with session:
+        _enter("run")
+        run = lanes(session, workload.batch)
+        chosen = run.choose(_at_depth(run, tokens, workload)())
+        ended("prefill")
+        for _ in range(workload.decode_tokens):
+            chosen = run.choose(run.decode(chosen))
+        ended("decode")
+        info = session.info
+    on_card = None if card is None else card.finish()
+    return {**sampler.finish(), "device_memory": on_card, "info": info}
 
 
 def _open(request: Mapping[str, Any], workload: Workload) -> Session:

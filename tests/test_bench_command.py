@@ -178,6 +178,7 @@ def test_runtimes_that_cannot_are_left_out_and_told(
         (["--runtime", "llama"], "unknown runtime 'llama'"),
         (["--runtime", "onnxruntime"], "onnxruntime does not open"),
         (["--device", "gpu"], "'gpu' is no device"),
+        (["--device", "cuda:99"], "'cuda:99'"),
         (["--option", "kv_type=q9"], "kv_type is 'q9', it must be one of"),
         (["--option", "dtype=float16"], "unknown option of llama.cpp 'dtype'"),
         (["--option", "kv_type"], "is not NAME=VALUE"),

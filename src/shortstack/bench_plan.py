@@ -9,7 +9,7 @@ from typing import Any
 
 from shortstack.artifact import Artifact
 from shortstack.bench_models import benchable, longest_context
-from shortstack.devices import fit
+from shortstack.devices import fit, listing
 from shortstack.devices.host import check_threads, describe, usable_cores
 from shortstack.devices.schedule import Case
 from shortstack.devices.workload import Prompt, Workload
@@ -85,7 +85,7 @@ class Plan:
             "cold": self.choice.cold,
             "timeout_s": self.choice.timeout_s,
             "cpu": describe()["cpu"]["model"],
-            "devices": [c.device_info for c in self.cases],
+            "device": [self.cases[0].device_info.get(name) for name in ("name", "uuid_sha256")],
         }
 
     def refusals(self) -> list[str]:
@@ -113,7 +113,7 @@ def make_plan(models: Sequence[str], choice: BenchChoice) -> Plan:
     for artifact in artifacts:
         _check_context(artifact, workloads)
     prompts = _prompts(artifacts, open_corpus(choice.text), workloads)
-    info = _device_info(choice.device)
+    info = listing.device(choice.device)
     cases, skipped = [], []
     for label, artifact, given in zip(labels(models, artifacts), artifacts, prompts, strict=True):
         for runtime in _runtimes(artifact, choice):
@@ -199,11 +199,6 @@ def _check_context(artifact: Artifact, workloads: Sequence[Workload]) -> None:
             f"{artifact.path.name} was made for {longest:,} tokens, {needed:,} are asked for "
             "(depth, prompt and decoded ones). Ask for fewer."
         )
-
-
-def _device_info(device: str) -> Mapping[str, Any]:
-    listed: list[dict[str, Any]] = describe()["devices"]
-    return next((facts for facts in listed if facts["id"] == device), {})
 
 
 def _prompts(

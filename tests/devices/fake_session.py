@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -178,7 +178,7 @@ def _refuse(why: str) -> Session:
 
 def open_session(path: Path, runtime: str, *, threads: int, **_: object) -> Session:
     """The runtime's name says what the session does."""
-    table = {
+    table: dict[str, Callable[[], Session]] = {
         "sleeper": lambda: _sleeper(threads, 2.0 if "pruned" in path.name else 1.0),
         "instant": lambda: KnownSession(threads),
         "long sleeper": lambda: _long_sleeper(threads),
