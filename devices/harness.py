@@ -12,48 +12,20 @@ from typing import Any
 
 from shortstack import child
 from shortstack.devices import pace, worker
+from shortstack.devices.energy import counters
 from shortstack.devices.fit import kv_bytes_per_token, refusal
 from shortstack.devices.host import describe
 from shortstack.devices.journal import Journal
 from shortstack.devices.measurement import Failure, Measurement, MemoryTrial, Trial
-from shortstack.devices.schedule import ORDER, Case, Step, schedule
+from shortstack.devices.protocol import Protocol
+from shortstack.devices.schedule import Case, Step, schedule
 from shortstack.devices.workload import Prompt, Workload
 from shortstack.errors import ShortstackError
 from shortstack.progress import OnProgress, silent
 
-OPENER = "shortstack.runtimes:open_session"
 FOLDERS = re.compile(r"(?<![\w:/.])(?:[A-Za-z]:)?(?:[/\\][^\s/\\:'\"|,]+)+[/\\]")
 """The folders of an absolute path."""
-NO_ENERGY = "not measured in this campaign"
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How a campaign runs, whatever it measures."""
-
-    seed: int = 0
-    timeout_s: float = 900.0
-    cold: bool = False
-    """Every second timed round drops the artifact from the page cache before it loads."""
-    opener: str = OPENER
-    """`module:function` with the signature of `runtimes.open_session`."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """What the record says of it."""
-        return {
-            "order": ORDER,
-            "seed": self.seed,
-            "fresh_process_per_trial": True,
-            "warm_up": (
-                f"until the medians of the last two windows of {worker.WINDOW} decode steps differ "
-                f"by at most {100 * worker.STEADY:g} %, or as many steps as the workload allows"
-            ),
-            "cold_loads": "every second timed round" if self.cold else "none",
-            "garbage_collector": "off while the clock runs",
-            "decoding": "greedy argmax on the host, end of text ignored",
-            "clock": "time.perf_counter",
-            "timeout_s": self.timeout_s,
-        }
+NO_ENERGY = "not asked for"
 
 
 @dataclass
@@ -64,6 +36,8 @@ class _Log:
     memory: list[MemoryTrial] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
     failure: Failure | None = None
+    energy: tuple[Mapping[str, Any], ...] = ()
+    energy_reason: str | None = NO_ENERGY
 
     def take(self, step: Step, position: int, outcome: Mapping[str, Any]) -> None:
         if "failure" in outcome:
@@ -71,6 +45,9 @@ class _Log:
             return
         answer = dict(outcome["answer"])
         self.info = answer.pop("info")
+        if step.kind == "energy":
+            self.energy, self.energy_reason = tuple(answer["energy"]), answer["energy_reason"]
+            return
         place = {"round": step.round, "position": position}
         if step.kind == "memory":
             self.memory.append(MemoryTrial(**{**place, **answer}))
@@ -119,8 +96,18 @@ class _Campaign:
         self._work = [(case.workload or workload, case.prompt or prompt) for case in cases]
         _check(cases, self._work)
         self._logs = [_Log() for _ in cases]
-        self._steps = schedule(cases, workload, protocol.seed)
+        self._steps = schedule(cases, workload, protocol.seed, self._with_counters())
         self._pace = pace.Pace()
+
+    def _with_counters(self) -> list[int]:
+        """The cases whose energy can be measured; the others are told why not."""
+        able: list[int] = []
+        for index, (case, log) in enumerate(zip(self._cases, self._logs, strict=True)):
+            if self._protocol.energy:
+                found, reasons = counters(case.device)
+                log.energy_reason = "; ".join(reasons) or "the campaign ended before"
+                able += [index] if found else []
+        return able
 
     def run(self, progress: OnProgress, tell: Callable[[str], None]) -> None:
         n_steps = len(self._steps)
@@ -221,7 +208,8 @@ class _Campaign:
                     device=case.device,
                     device_info=case.device_info,
                     kv_bytes_per_token=kv_bytes_per_token(path, case.artifact.format, cache),
-                    energy_reason=NO_ENERGY,
+                    energy=log.energy,
+                    energy_reason=log.energy_reason,
                 )
             )
         return made
@@ -266,6 +254,9 @@ def _figures(log: _Log, step: Step, work: Workload) -> str:
         return f"FAILED: {log.failure.message}"
     if step.kind == "memory":
         return f"peak {log.memory[-1].peak_total_bytes / 1e6:,.0f} MB"
+    if step.kind == "energy":
+        joules = [f"{e['phase']} {e['gross_j'] / e['tokens']:.3g} J/token" for e in log.energy]
+        return ", ".join(joules) or str(log.energy_reason)
     trial = log.trials[-1]
     rate = work.batch * trial.decode_tokens_per_s
     return f"TTFT {trial.ttft_s:.3g} s, decode {rate:.3g} tokens/s"

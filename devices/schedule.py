@@ -10,7 +10,7 @@ from typing import Any, Literal
 from shortstack.artifact import Artifact
 from shortstack.devices.workload import Prompt, Workload
 
-Kind = Literal["memory", "timing"]
+Kind = Literal["memory", "timing", "energy"]
 ORDER = (
     "memory trials first (they leave the files in the page cache), then timed rounds; within a "
     "round original and pruned of one export follow each other, who goes first alternates"
@@ -56,8 +56,13 @@ class Step:
         return self.kind, self.round, self.case
 
 
-def schedule(cases: Sequence[Case], workload: Workload, seed: int) -> list[Step]:
-    """The order of all trials: groups shuffled anew each round, members taking turns to lead."""
+def schedule(
+    cases: Sequence[Case], workload: Workload, seed: int, energy: Sequence[int] = ()
+) -> list[Step]:
+    """The order of all trials: groups shuffled anew each round, members taking turns to lead.
+
+    `energy`: the cases that have a trial for their energy, behind all others.
+    """
     rng = random.Random(seed)
     groups: dict[tuple[str, ...], list[int]] = {}
     for index, case in enumerate(cases):
@@ -75,4 +80,4 @@ def schedule(cases: Sequence[Case], workload: Workload, seed: int) -> list[Step]
             members = groups[key]
             turn = (first[key] + number) % len(members)
             steps += [Step(kind, number, i) for i in members[turn:] + members[:turn]]
-    return steps
+    return steps + [Step("energy", 0, index) for index in energy]

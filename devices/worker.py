@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from shortstack.child import report_progress
+from shortstack.devices import energy as counters
 from shortstack.devices import vram
 from shortstack.devices.conditions import snapshot
 from shortstack.devices.host import conditions
@@ -19,7 +20,7 @@ from shortstack.devices.lanes import Lanes, lanes
 from shortstack.devices.memory import Sampler
 from shortstack.devices.page_cache import prepare
 from shortstack.devices.workload import Workload
-from shortstack.session import Session
+from shortstack.session import Resumable, Session
 
 PHASES = ("start", "load", "warm-up", "run")
 """The phase a trial is in, told to the parent so that a crash can name it."""
@@ -100,6 +101,49 @@ def memory(request: Mapping[str, Any]) -> dict[str, Any]:
         info = session.info
     on_card = None if card is None else card.finish()
     return {**sampler.finish(), "device_memory": on_card, "info": info}
+
+
+def energy(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Prefill, then decode, each again and again for a window of the device's energy counters."""
+    workload, tokens = Workload.from_dict(request["workload"]), request["tokens"]
+    _enter("load")
+    with _open(request, workload) as session:
+        run = lanes(session, workload.batch)
+        _enter("warm-up")
+        _warm_up(run, tokens, workload)
+        _enter("run")
+        found = counters.measured(request["device"], _works(session, run, tokens, workload))
+        return {**found, "info": session.info}
+
+
+def _works(
+    session: Session, run: Lanes, tokens: Sequence[int], workload: Workload
+) -> dict[counters.Phase, Callable[[], int]]:
+    """What is repeated in the windows; each returns the tokens it ran.
+
+    Decoding begins again where the prompt ends; where a session cannot go back there, behind a
+    prompt of one token, which costs what a step costs.
+    """
+    whole, first = run.prompt(tokens), run.prompt(tokens[:1])
+
+    def prefill() -> int:
+        run.prefill(whole)
+        return workload.input_tokens * workload.batch
+
+    def again() -> Any:
+        if workload.batch == 1 and isinstance(session, Resumable):
+            rows = session.resume(workload.input_tokens, tokens[-1:])
+            if rows is not None:
+                return rows[-1]
+        return run.prefill(first)
+
+    def decode() -> int:
+        logits = again()
+        for _ in range(workload.decode_tokens - 1):
+            logits = run.decode(run.choose(logits))
+        return workload.decode_tokens * workload.batch
+
+    return {"prefill": prefill, "decode": decode}
 
 
 def _open(request: Mapping[str, Any], workload: Workload) -> Session:

@@ -15,10 +15,11 @@ from typing import Any
 from shortstack import __version__
 from shortstack.bench_plan import BenchChoice, Plan, make_plan
 from shortstack.devices import fit
-from shortstack.devices.harness import Protocol, measure
+from shortstack.devices.harness import measure
 from shortstack.devices.host import describe
 from shortstack.devices.journal import Journal
 from shortstack.devices.measurement import SCHEMA, Measurement
+from shortstack.devices.protocol import Protocol
 from shortstack.devices.schedule import schedule
 from shortstack.devices.stats import median
 from shortstack.errors import ShortstackError
@@ -80,7 +81,7 @@ def _measure(plan: Plan, claim: _Claim, models: Sequence[str], display: Display)
     choice, first = plan.choice, plan.cases[0]
     assert first.workload is not None
     assert first.prompt is not None
-    protocol = Protocol(seed=choice.seed, timeout_s=choice.timeout_s, cold=choice.cold)
+    protocol = Protocol(choice.seed, choice.timeout_s, choice.cold, choice.energy)
     with display.step("Measure, in turn") as progress:
         measured = measure(
             plan.cases,
@@ -239,8 +240,7 @@ def command_of(models: Sequence[str], choice: BenchChoice) -> str:
         if getattr(choice, name) != getattr(default, name):
             words.append(f"--{option} {getattr(choice, name)}")
     words += [f"--option {name}={value}" for name, value in sorted(choice.options.items())]
-    if choice.cold:
-        words.append("--cold")
+    words += [f"--{name}" for name in ("cold", "energy") if getattr(choice, name)]
     return " ".join([*words, f"--text {Path(choice.text).name}"])
 
 

@@ -44,6 +44,7 @@ class BenchChoice:
     time_budget_s: float | None = None
     timeout_s: float = 900.0
     cold: bool = False
+    energy: bool = False
     device: str = "cpu"
     options: Mapping[str, str] = field(default_factory=dict)
     text: str = "spdx"
@@ -83,6 +84,7 @@ class Plan:
             "workloads": [c.workload.to_dict() for c in self.cases if c.workload],
             "seed": self.choice.seed,
             "cold": self.choice.cold,
+            "energy": self.choice.energy,
             "timeout_s": self.choice.timeout_s,
             "cpu": describe()["cpu"]["model"],
             "device": [self.cases[0].device_info.get(name) for name in ("name", "uuid_sha256")],

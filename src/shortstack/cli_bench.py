@@ -46,6 +46,9 @@ Options = Annotated[
 Cold = Annotated[
     bool, typer.Option("--cold", help="Drop the files from memory before every second load.")
 ]
+Energy = Annotated[
+    bool, typer.Option("--energy", help="Read energy counters for half a minute a case.")
+]
 Cooldown = Annotated[float, typer.Option(min=0, help="Seconds between trials.")]
 Budget = Annotated[
     float | None, typer.Option(min=0, help="Seconds after which no further round starts.")
@@ -74,6 +77,7 @@ def bench(
     time_budget: Budget = None,
     timeout: Timeout = 900.0,
     cold: Cold = False,
+    energy: Energy = False,
     dry_run: DryRun = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -97,6 +101,7 @@ def bench(
         time_budget_s=time_budget,
         timeout_s=timeout,
         cold=cold,
+        energy=energy,
         device=device,
         options=dict(split_option(item) for item in option or ()),
         text=text,

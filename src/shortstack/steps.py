@@ -13,9 +13,10 @@ from shortstack import prune
 from shortstack.artifact import Artifact
 from shortstack.certify import ReferenceFacts, certify, make_reference
 from shortstack.checkpoint import Checkpoint
-from shortstack.devices.harness import Protocol, measure
+from shortstack.devices.harness import measure
 from shortstack.devices.host import describe, usable_cores
 from shortstack.devices.measurement import Measurement
+from shortstack.devices.protocol import Protocol
 from shortstack.devices.schedule import Case
 from shortstack.devices.workload import Prompt, Workload
 from shortstack.errors import ShortstackError, VerificationError

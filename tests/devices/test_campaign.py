@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from shortstack.devices.harness import Protocol, measure
+from shortstack.devices import energy as counters
+from shortstack.devices import harness, worker
+from shortstack.devices.harness import measure
 from shortstack.devices.journal import Journal
 from shortstack.devices.pace import Pace, in_words
+from shortstack.devices.protocol import Protocol
 from shortstack.devices.workload import Prompt, Workload
 from shortstack.errors import ShortstackError
 
+from . import fake_session
 from .conftest import MakeCase
 
 
@@ -176,3 +181,36 @@ def test_the_time_left_is_learnt_from_what_ran() -> None:
 )
 def test_the_time_left_in_words(seconds: float | None, words: str) -> None:
     assert in_words(seconds) == words
+
+
+def test_energy_without_a_counter_is_none_with_the_reason(
+    opener: str,
+    make_case: MakeCase,
+    workload: Workload,
+    prompt: Prompt,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(harness, "counters", lambda device: ([], [f"{device} has no counter"]))
+    protocol = Protocol(opener=opener, energy=True)
+    (measured,) = measure([make_case("instant")], workload, prompt, protocol=protocol)
+    assert (measured.energy, measured.energy_reason) == ((), "cpu has no counter")
+    (unasked,) = measure([make_case("instant")], workload, prompt, protocol=Protocol(opener=opener))
+    assert (unasked.energy, unasked.energy_reason) == ((), "not asked for")
+
+
+def test_a_trial_for_energy_repeats_prefill_and_decode(
+    make_case: MakeCase, workload: Workload, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, with a counter that counts calls of the work."""
+    ran: dict[str, list[int]] = {}
+
+    def measured(device: str, works: dict[str, Callable[[], int]]) -> dict[str, object]:
+        ran.update({phase: [work(), work()] for phase, work in works.items()})
+        return {"energy": [], "energy_reason": None}
+
+    monkeypatch.setattr(counters, "measured", measured)
+    monkeypatch.setattr(worker, "_open", lambda request, work: fake_session.KnownSession(1))
+    request = {"workload": workload.to_dict(), "tokens": list(prompt.tokens), "device": "cpu"}
+    told = worker.energy(request)
+    assert told["energy_reason"] is None
+    assert ran == {"prefill": [4, 4], "decode": [5, 5]}

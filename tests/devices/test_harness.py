@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from shortstack.artifact import Artifact, ExportSpec
-from shortstack.devices.harness import Protocol, measure
+from shortstack.devices.harness import measure
+from shortstack.devices.protocol import Protocol
 from shortstack.devices.schedule import Case, schedule
 from shortstack.devices.workload import Prompt, Workload
 from shortstack.doctor_probes import write_tiny_gguf

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from shortstack.devices.harness import Protocol, measure
+from shortstack.devices.harness import measure
+from shortstack.devices.protocol import Protocol
 from shortstack.devices.stats import median
 from shortstack.devices.workload import Prompt, Workload
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from shortstack.devices.harness import Protocol, measure
+from shortstack.devices.harness import measure
 from shortstack.devices.measurement import Measurement, Trial
+from shortstack.devices.protocol import Protocol
 from shortstack.devices.workload import Prompt, Workload
 from shortstack.errors import ShortstackError
 
