@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
 import importlib
+import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,12 +30,14 @@ PHASES = ("start", "load", "warm-up", "run")
 
 
 WINDOW = 4
+PR_SET_PDEATHSIG = 1
 STEADY = 0.05
 """Warm-up ends when the medians of the last two windows of decode steps differ by less."""
 
 
 def timing(request: Mapping[str, Any]) -> dict[str, Any]:
     """Load, warm up until steady, then time one prompt and every decode step behind it."""
+    _end_with_parent()
     workload, tokens = Workload.from_dict(request["workload"]), request["tokens"]
     path, device = Path(request["path"]), request["device"]
     busy = _CpuClock()
@@ -74,6 +79,7 @@ def timing(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def memory(request: Mapping[str, Any]) -> dict[str, Any]:
     """The same work without warm-up or clock, watched for memory."""
+    _end_with_parent()
     workload, tokens = Workload.from_dict(request["workload"]), request["tokens"]
     # What the measuring code needs is in the baseline, not in the model's figure.
     importlib.import_module("numpy")
@@ -105,6 +111,7 @@ def memory(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def energy(request: Mapping[str, Any]) -> dict[str, Any]:
     """Prefill, then decode, each again and again for a window of the device's energy counters."""
+    _end_with_parent()
     workload, tokens = Workload.from_dict(request["workload"]), request["tokens"]
     _enter("load")
     with _open(request, workload) as session:
@@ -259,6 +266,12 @@ class _CpuClock:
         twice = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
         own = self._process.cpu_times()
         return sum(times) - idle - twice, own.user + own.system
+
+
+def _end_with_parent() -> None:
+    """Where a campaign is killed, its trial must not disturb the one that goes on."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _n_threads() -> int:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from shortstack.devices import energy as counters
@@ -211,6 +214,38 @@ def test_a_trial_for_energy_repeats_prefill_and_decode(
     monkeypatch.setattr(counters, "measured", measured)
     monkeypatch.setattr(worker, "_open", lambda request, work: fake_session.KnownSession(1))
     request = {"workload": workload.to_dict(), "tokens": list(prompt.tokens), "device": "cpu"}
+    monkeypatch.setattr(worker, "_end_with_parent", lambda: None)
     told = worker.energy(request)
     assert told["energy_reason"] is None
     assert ran == {"prefill": [4, 4], "decode": [5, 5]}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_trial_ends_with_its_campaign(
+    opener: str, make_case: MakeCase, workload: Workload, prompt: Prompt
+) -> None:
+    """The campaign is killed while its trial hangs; nothing is left that could disturb the next."""
+    request = {
+        "path": str(make_case("hanger").artifact.path),
+        "runtime": "hanger",
+        "workload": workload.to_dict(),
+        "tokens": list(prompt.tokens),
+        "opener": opener,
+        "device": "cpu",
+        "options": {},
+        "cold": False,
+    }
+    code = (
+        "from shortstack import child\n"
+        f"child.call('shortstack.devices.worker:timing', {request!r}, timeout_s=300, what='it',"
+        " progress=lambda done, total: print(done, flush=True))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    with parent.stdout as phases:
+        assert [phases.readline().strip() for _ in range(2)] == ["1", "2"]
+        (trial,) = psutil.Process(parent.pid).children()
+        parent.kill()
+        parent.wait()
+    gone, _ = psutil.wait_procs([trial], timeout=30)
+    assert gone == [trial]
