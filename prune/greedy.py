@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shortstack.checkpoint import Checkpoint
@@ -10,17 +10,17 @@ from shortstack.progress import OnProgress, silent
 from shortstack.prune.climb import Cut, climb, whole
 from shortstack.prune.plan import PrunePlan, Removal
 from shortstack.prune.protect import candidates
-from shortstack.prune.search import Scout, Search, check_screen, greedy_search, plan_of_layers
+from shortstack.prune.search import Search, check_screen, greedy_search, plan_of_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from shortstack.prune.calibrate import LayerwiseModel
 
-SCREEN = 2
+SCREEN = 3
 """Candidates a step: less than a quarter of the layer evaluations of all (docs/methods.md)."""
 SCOUT_SHARE = 4
-"""The look at the others reads one window in so many."""
+"""The first look at every candidate reads one window in so many."""
 
 
 def greedy(
@@ -36,9 +36,9 @@ def greedy(
 ) -> PrunePlan:
     """Drop `drop` layers one by one, each time the one whose loss raises perplexity least.
 
-    SLEB (arXiv:2402.09025). `screen`: how many candidates a step tries on all windows, those that
-    hurt least on a quarter of them (search.Scout); 0 tries all, as the paper does. Scores: by how
-    many nats a token a layer's loss last raised the loss; a protected layer has none (None).
+    SLEB (arXiv:2402.09025). `screen`: how many candidates a step tries, those least harmful when
+    last tried; 0 tries all, as the paper does. Scores: by how many nats a token a layer's loss
+    last raised the loss; a protected layer has none (None).
     """
     free = candidates("greedy", checkpoint.n_layers, drop, protect_first, protect_last)
     check_screen(screen)
@@ -64,10 +64,11 @@ def search_by_loss(
     from shortstack.prune.heap import kept_heap
     from shortstack.prune.scoring import perplexity
 
-    parts, few = batches(windows), few_of(windows)
+    parts = batches(windows)
+    scout = scout_of(windows)
     with torch.inference_mode(), kept_heap():
         model = LayerwiseModel(checkpoint, dtype)
-        scout = Scout(lambda cuts: loss_under(model, few, cuts), pieces) if screen else None
+        hints = first_look(lambda cuts: loss_under(model, scout, cuts), pieces) if screen else {}
         start = loss_under(model, parts, [frozenset()])[0]
         found = greedy_search(
             pieces,
@@ -75,7 +76,7 @@ def search_by_loss(
             lambda cuts: loss_under(model, parts, cuts),
             start=start,
             screen=screen,
-            scout=scout,
+            hints=hints,
             step=lambda done: progress(done, count),
         )
     facts = {
@@ -88,11 +89,19 @@ def search_by_loss(
     return found, facts
 
 
-def few_of(windows: list[list[int]]) -> list[Tensor]:
-    """Batches of the windows that a scout reads."""
+def scout_of(windows: list[list[int]]) -> list[Tensor]:
+    """Batches of the windows that the first look reads."""
     from shortstack.prune.calibrate import batches
 
     return batches(windows[: -(-len(windows) // SCOUT_SHARE)])
+
+
+def first_look(
+    evaluate: Callable[[list[Cut]], list[float]], pieces: Sequence[Cut]
+) -> dict[Cut, float]:
+    """By how much each piece, removed alone, raises the score."""
+    start, *scores = evaluate([frozenset(), *pieces])
+    return {piece: score - start for piece, score in zip(pieces, scores, strict=True)}
 
 
 def loss_under(model: LayerwiseModel, parts: Sequence[Tensor], cuts: Sequence[Cut]) -> list[float]:

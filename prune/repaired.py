@@ -10,10 +10,10 @@ from shortstack.checkpoint import Checkpoint
 from shortstack.progress import OnProgress, silent
 from shortstack.prune.boundary import Fit, crossed, repair_named
 from shortstack.prune.climb import Cut, climb, whole
-from shortstack.prune.greedy import SCREEN, few_of
+from shortstack.prune.greedy import SCREEN, first_look, scout_of
 from shortstack.prune.plan import PrunePlan, Removal
 from shortstack.prune.protect import candidates
-from shortstack.prune.search import Scout, Search, check_screen, greedy_search, plan_of_layers
+from shortstack.prune.search import Search, check_screen, greedy_search, plan_of_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,9 +38,9 @@ def repaired(
     How good a cut is: the mean KL divergence from the whole model's next-token distribution
     (FinerCut, arXiv:2405.18218, scores by the output, too), after a cheap `repair` wherever the
     cut ends (boundary.REPAIRS): a layer that a repair can stand in for may go, whatever its loss
-    does unrepaired. Each step looks at candidates on a quarter of the windows and tries the
-    `screen` least harmful of them on all (0: tries every candidate on all). The repairs are only
-    for the score; the plan drops layers. Scores: by how many nats a token the loss of a layer last
+    does unrepaired. A first look on a quarter of the windows ranks all candidates; each step
+    tries the `screen` least harmful of them on all windows (0: all). The repairs are only for
+    the score; the plan drops layers. Scores: by how many nats a token the loss of a layer last
     raised the divergence; a protected layer has none (None).
     """
     free = candidates("repaired", checkpoint.n_layers, drop, protect_first, protect_last)
@@ -73,14 +73,16 @@ def search_repaired(
     parts = batches(windows)
     with torch.inference_mode(), kept_heap():
         model = LayerwiseModel(checkpoint, dtype)
-        few = Judge.of(model, few_of(windows), fit) if screen else None
+        hints: dict[Cut, float] = {}
+        if screen:
+            hints = first_look(Judge.of(model, scout_of(windows), fit).divergence, pieces)
         found = greedy_search(
             pieces,
             drop,
             Judge.of(model, parts, fit).divergence,
             start=0.0,
             screen=screen,
-            scout=Scout(few.divergence, pieces) if few else None,
+            hints=hints,
             step=lambda done: progress(done, drop),
         )
     facts = {

@@ -32,39 +32,6 @@ class Search:
         return frozenset().union(*(piece for piece, _ in self.path))
 
 
-LOOKED_AT = 5
-"""Candidates that a scout looks at for each one that it names."""
-
-
-class Scout:
-    """Looks at many candidates on less text, and names the few that are worth all of it.
-
-    Harm mostly grows as more is gone, so an old number is a lower bound, and a piece passed over
-    rises to the top as the others' numbers are renewed: lazy greedy search (Minoux 1978) with a
-    bounded width.
-    """
-
-    def __init__(self, evaluate: Evaluate, pieces: Sequence[Cut]) -> None:
-        start, *scores = map(_comparable, evaluate([frozenset(), *pieces]))
-        self._evaluate = evaluate
-        self._score: dict[Cut, float] = {frozenset(): start}
-        self._score |= dict(zip(pieces, scores, strict=True))
-        self.harm = {piece: score - start for piece, score in zip(pieces, scores, strict=True)}
-        """How much each piece raised the score when it was last looked at."""
-
-    def best(self, gone: Cut, left: Sequence[Cut], count: int) -> list[Cut]:
-        """The `count` pieces of `left` that hurt least when `gone` is gone already; looks again
-        only at LOOKED_AT times as many, those least harmful when last looked at."""
-        looked = sorted(left, key=self.harm.__getitem__)[: LOOKED_AT * count]
-        unseen = [piece for piece in looked if gone | piece not in self._score]
-        if unseen:
-            found = map(_comparable, self._evaluate([gone | piece for piece in unseen]))
-            self._score |= {gone | piece: s for piece, s in zip(unseen, found, strict=True)}
-        for piece in looked:
-            self.harm[piece] = self._score[gone | piece] - self._score[gone]
-        return sorted(looked, key=self.harm.__getitem__)[:count]  # stable: ties to the left
-
-
 def greedy_search(
     pieces: Sequence[Cut],
     count: int,
@@ -72,23 +39,26 @@ def greedy_search(
     *,
     start: float,
     screen: int = 0,
-    scout: Scout | None = None,
+    hints: Mapping[Cut, float] | None = None,
     step: Callable[[int], None] = lambda done: None,
 ) -> Search:
     """Remove `count` of `pieces`, each time the one without which the model is best.
 
     `start` is the score of the whole model. With `screen` n > 0 each step tries only the n pieces
-    that the `scout` names. Raises ShortstackError where no score is finite.
+    whose latest known harm is lowest (in the beginning `hints`, in the same unit). Harm mostly
+    grows as more is gone, so an old number is a lower bound, and a piece passed over rises to the
+    top as the others' numbers are renewed: lazy greedy search (Minoux 1978) with a bounded width.
+    Raises ShortstackError where no score is finite.
     """
-    harm = dict.fromkeys(pieces, 0.0)
+    harm = dict.fromkeys(pieces, 0.0) | dict(hints or {})
     left, score, n_tried = list(pieces), start, 0
     path: list[tuple[Cut, float]] = []
     for done in range(count):
         gone: Cut = frozenset().union(*(piece for piece, _ in path))
-        tried = scout.best(gone, left, screen) if screen and scout else list(left)
+        tried = sorted(left, key=harm.__getitem__)[
+            : screen or None
+        ]  # a stable sort: ties to the left
         scores = [_comparable(found) for found in evaluate([gone | piece for piece in tried])]
-        known = scout.harm if scout else {}
-        harm |= {piece: known[piece] for piece in left if piece in known}
         harm |= {piece: found - score for piece, found in zip(tried, scores, strict=True)}
         n_tried += len(tried)
         score, at = min((s, left.index(piece)) for piece, s in zip(tried, scores, strict=True))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from shortstack.devices.report.compare import Comparison, speedups
 from shortstack.devices.report.data import ORIGINAL, PRUNED, ReportData
 from shortstack.devices.report.figures import figures, layer_scores
 from shortstack.devices.report.headline import gains, headline
+from shortstack.devices.report.markdown import finite, md, md_facts, md_table
 from shortstack.manifest import write_text
 
 HERE = Path(__file__).parent
@@ -36,7 +35,7 @@ def write_report(data: ReportData, out: Path) -> tuple[Path, Path, Path]:
 def to_json(data: ReportData) -> str:
     """All data, and the comparisons drawn from it."""
     content = {**data.to_dict(), "comparisons": [_plain(c) for c in speedups(data.entries)]}
-    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def to_html(data: ReportData) -> str:
@@ -61,19 +60,19 @@ def to_html(data: ReportData) -> str:
 def to_markdown(data: ReportData) -> str:
     """The same words and tables, without the charts."""
     c = _content(data)
-    parts = [f"# {_md(c['headline'])}", _md(c["gains"])]
-    parts += _facts("Read this first", c["warnings"])
-    parts += ["## What it costs and what it gains", *map(_md_table, c["result_tables"])]
+    parts = [f"# {md(c['headline'])}", md(c["gains"])]
+    parts += md_facts("Read this first", c["warnings"])
+    parts += ["## What it costs and what it gains", *map(md_table, c["result_tables"])]
     parts += ["## What was verified"]
-    parts += [_md_table(c["verified"]) if c["verified"].rows else "Nothing was verified."]
-    parts += _facts("Notes on the files", c["notes"])
-    parts += _facts("How it was measured", c["method"])
-    parts += _facts("What the words mean", details.DEFINITIONS)
-    parts += [_md_table(c["conditions"])] if c["conditions"].rows else []
-    parts += _facts("Where it came from", c["origin"])
+    parts += [md_table(c["verified"]) if c["verified"].rows else "Nothing was verified."]
+    parts += md_facts("Notes on the files", c["notes"])
+    parts += md_facts("How it was measured", c["method"])
+    parts += md_facts("What the words mean", details.DEFINITIONS)
+    parts += [md_table(c["conditions"])] if c["conditions"].rows else []
+    parts += md_facts("Where it came from", c["origin"])
     if c["recipe"]:
         parts.append("```json\n" + c["recipe"].replace("```", "'''") + "\n```")
-    parts += _facts("Failures", c["failures"]) or ["## Failures", "None."]
+    parts += md_facts("Failures", c["failures"]) or ["## Failures", "None."]
     return "\n\n".join(parts) + "\n"
 
 
@@ -142,36 +141,3 @@ def _plain(comparison: Comparison) -> dict[str, Any]:
     share = comparison.gain_over_bytes
     shown = {k: vars(v) if hasattr(v, "estimate") else v for k, v in vars(comparison).items()}
     return {**shown, "gain_over_bytes": vars(share) if share else None}
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: a number that is none becomes null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
-        return None
-    return value
-
-
-def _facts(title: str, facts: Sequence[tuple[str, str]]) -> list[str]:
-    if not facts:
-        return []
-    return [f"## {title}", "\n".join(f"- **{_md(key)}**: {_md(value)}" for key, value in facts)]
-
-
-def _md_table(table: view.Table) -> str:
-    rule = ["---" if i < table.text_columns else "---:" for i in range(len(table.columns))]
-    rows = [table.columns, tuple(rule), *table.rows]
-    head = "\n".join(
-        "| " + " | ".join(_md(cell) if n != 1 else cell for cell in row) + " |"
-        for n, row in enumerate(rows)
-    )
-    return f"**{_md(table.caption)}**\n\n{head}"
-
-
-def _md(words: str) -> str:
-    """Plain text as Markdown: nothing of it may turn into markup, a cell or a new line."""
-    folded = " ".join(words.split())
-    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", folded)

@@ -17,6 +17,7 @@ from shortstack import (
     cli_heal,
     cli_lm_eval,
     cli_repair,
+    cli_report,
     cli_trim,
 )
 from shortstack.cli_shared import (
@@ -170,22 +171,6 @@ def export(
 
 @app.command()
 @user_errors
-def report(
-    run_folder: Annotated[Path, typer.Argument(help="The output folder of shortstack run.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Default: the run folder.")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Write the report of a run again: HTML, Markdown and JSON."""
-    from shortstack import commands, terminal
-
-    result = commands.report(run_folder, out or run_folder)
-    answer(result, as_json, lambda: terminal.print_facts(result, quiet=False))
-
-
-@app.command()
-@user_errors
 def doctor(as_json: JsonOption = False) -> None:
     """Try every runtime on every device; say what is missing and what to do."""
     from shortstack import terminal
@@ -208,6 +193,7 @@ app.command()(cli_bench.bench)
 app.command()(cli_heal.heal)
 app.command("eval")(cli_eval.evaluate)
 app.command()(cli_repair.repair)
+app.command()(cli_report.report)
 app.command()(cli_trim.trim)
 app.command()(cli_heal.streamline)
 app.command("lm-eval", context_settings=cli_lm_eval.SETTINGS)(cli_lm_eval.lm_eval)
