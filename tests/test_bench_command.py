@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from tests.command_line import fails
+from tests.devices.json_schema import errors
 
 from shortstack.artifact import ExportSpec
 from shortstack.bench_models import benchable
@@ -20,8 +21,9 @@ from shortstack.cli import main
 from shortstack.devices.measurement import Measurement
 from shortstack.export import exporter
 
+SCHEMA = Path(__file__).parents[1] / "docs" / "schema" / "bench-2.schema.json"
 SMALL = ["--prompt-tokens", "8", "--decode-tokens", "4", "--repeats", "2", "--threads", "1"]
-SMALL += ["--memory-repeats", "1"]
+SMALL += ["--memory-repeats", "1", "--no-ceilings"]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,8 @@ def test_every_kind_of_model_in_every_runtime_gives_one_record(
     for data in made["measurements"]:
         measured = Measurement.from_dict(data)
         assert len(measured.trials) == len(measured.memory) == 1
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    assert errors(made, schema, schema) == []
     text = (out / "bench.json").read_text(encoding="utf-8")
     assert str(tmp_path) not in text
     assert str(tiny.parent) not in text
@@ -118,7 +122,7 @@ def test_prompt_lengths_depth_and_batch_reach_the_runtime(
     assert {m["runtime_info"]["batch"] for m in made["measurements"]} == {3}
     assert {m["protocol"]["seed"] for m in made["measurements"]} == {4}
     assert "--depth 10 --batch 3" in made["command"]
-    assert made["command"].endswith("--cold --text spdx")
+    assert made["command"].endswith("--no-ceilings --cold --text spdx")
 
 
 def test_a_killed_campaign_goes_on_and_another_is_refused(
@@ -226,6 +230,17 @@ def test_a_broken_model_is_a_recorded_failure(
     assert bad["failure"]["phase"] == "load"
     assert good["failure"] is None
     assert len(good["trials"]) == 2
+
+
+def test_ceilings_are_measured_in_the_same_run(
+    gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bench", str(gguf), "-o", str(tmp_path / "out"), *SMALL, "--repeats", "1"]
+    command.remove("--no-ceilings")
+    run(command, capsys)
+    found = record(tmp_path / "out")["ceilings"]["cpu"]
+    assert found["threads"] == 1
+    assert found["read_bytes_per_s"] > 0
 
 
 def test_two_alike_get_two_names(

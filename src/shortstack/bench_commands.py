@@ -82,6 +82,7 @@ def _measure(plan: Plan, claim: _Claim, models: Sequence[str], display: Display)
     assert first.workload is not None
     assert first.prompt is not None
     protocol = Protocol(choice.seed, choice.timeout_s, choice.cold, choice.energy)
+    found = _ceilings(choice, first.workload.threads, display)
     with display.step("Measure, in turn") as progress:
         measured = measure(
             plan.cases,
@@ -102,7 +103,7 @@ def _measure(plan: Plan, claim: _Claim, models: Sequence[str], display: Display)
         "command": command_of(models, choice),
         "seed": choice.seed,
         "host": describe(),
-        "ceilings": {},
+        "ceilings": found,
         "protocol": protocol.to_dict(),
         "measurements": [m.to_dict() for m in measured],
     }
@@ -111,6 +112,20 @@ def _measure(plan: Plan, claim: _Claim, models: Sequence[str], display: Display)
     failures = [m.failure.message for m in measured if m.failure]
     facts = {"run_id": claim.run_id, "started_at": claim.started_at, "failures": failures}
     write_manifest(claim.folder, STEP, claim.key, facts)
+
+
+def _ceilings(choice: BenchChoice, threads: int, display: Display) -> dict[str, Any]:
+    """What the device can do at most, by its id; empty, with a word, where that cannot be had."""
+    if not choice.ceilings:
+        return {}
+    from shortstack.devices.roofline import ceilings
+
+    with display.step(f"Measure what {choice.device} can do at most"):
+        try:
+            return {choice.device: ceilings.measure(choice.device, threads=threads)}
+        except ShortstackError as error:
+            display.note(f"no ceilings: {error}")
+            return {}
 
 
 def _check_out(out: Path) -> None:
@@ -240,6 +255,7 @@ def command_of(models: Sequence[str], choice: BenchChoice) -> str:
         if getattr(choice, name) != getattr(default, name):
             words.append(f"--{option} {getattr(choice, name)}")
     words += [f"--option {name}={value}" for name, value in sorted(choice.options.items())]
+    words += [] if choice.ceilings else ["--no-ceilings"]
     words += [f"--{name}" for name in ("cold", "energy") if getattr(choice, name)]
     return " ".join([*words, f"--text {Path(choice.text).name}"])
 

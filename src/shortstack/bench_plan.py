@@ -45,6 +45,7 @@ class BenchChoice:
     timeout_s: float = 900.0
     cold: bool = False
     energy: bool = False
+    ceilings: bool = True
     device: str = "cpu"
     options: Mapping[str, str] = field(default_factory=dict)
     text: str = "spdx"
@@ -85,6 +86,7 @@ class Plan:
             "seed": self.choice.seed,
             "cold": self.choice.cold,
             "energy": self.choice.energy,
+            "ceilings": self.choice.ceilings,
             "timeout_s": self.choice.timeout_s,
             "cpu": describe()["cpu"]["model"],
             "device": [self.cases[0].device_info.get(name) for name in ("name", "uuid_sha256")],

@@ -49,6 +49,9 @@ Cold = Annotated[
 Energy = Annotated[
     bool, typer.Option("--energy", help="Read energy counters for half a minute a case.")
 ]
+Ceilings = Annotated[
+    bool, typer.Option(help="Measure what memory and arithmetic can do: seconds, first of all.")
+]
 Cooldown = Annotated[float, typer.Option(min=0, help="Seconds between trials.")]
 Budget = Annotated[
     float | None, typer.Option(min=0, help="Seconds after which no further round starts.")
@@ -78,6 +81,7 @@ def bench(
     timeout: Timeout = 900.0,
     cold: Cold = False,
     energy: Energy = False,
+    ceilings: Ceilings = True,
     dry_run: DryRun = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -102,6 +106,7 @@ def bench(
         timeout_s=timeout,
         cold=cold,
         energy=energy,
+        ceilings=ceilings,
         device=device,
         options=dict(split_option(item) for item in option or ()),
         text=text,
