@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shortstack.devices.schedule import ORDER
-from shortstack.devices.worker import STEADY, WINDOW
+from shortstack.devices.worker import STEADY, WARMUP_S, WINDOW
 
 OPENER = "shortstack.runtimes:open_session"
 
@@ -32,7 +32,8 @@ class Protocol:
             "fresh_process_per_trial": True,
             "warm_up": (
                 f"until the medians of the last two windows of {WINDOW} decode steps differ "
-                f"by at most {100 * STEADY:g} %, or as many steps as the workload allows"
+                f"by at most {100 * STEADY:g} %, or as many steps as the workload "
+                f"allows, or {WARMUP_S:g} s"
             ),
             "cold_loads": "every second timed round" if self.cold else "none",
             "garbage_collector": "off while the clock runs",

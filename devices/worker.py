@@ -30,6 +30,9 @@ PHASES = ("start", "load", "warm-up", "run")
 
 
 WINDOW = 4
+WARMUP_S = 10.0
+"""Beyond it a warm-up ends as it is: slow steps need not be many."""
+
 PR_SET_PDEATHSIG = 1
 STEADY = 0.05
 """Warm-up ends when the medians of the last two windows of decode steps differ by less."""
@@ -168,9 +171,9 @@ def _open(request: Mapping[str, Any], workload: Workload) -> Session:
 
 
 def _warm_up(run: Lanes, tokens: Sequence[int], workload: Workload) -> dict[str, Any]:
-    """Decode until the last windows agree, at most as often as the workload says.
+    """Decode until the last windows agree, at most as often as the workload says, or WARMUP_S long.
 
-    `steady` is None where fewer steps than two windows were allowed. `prefill_s` is of the first
+    `steady` is None where there were fewer steps than two windows. `prefill_s` is of the first
     prompt after the load, which reads what a runtime that maps its file has not read yet.
     """
     clock = time.perf_counter
@@ -179,8 +182,11 @@ def _warm_up(run: Lanes, tokens: Sequence[int], workload: Workload) -> dict[str,
     chosen = run.choose(run.prefill(prompt))
     prefill_s = clock() - start
     step_s: list[float] = []
+    decoding = clock()
     while len(step_s) < workload.warmup_decode_tokens and not _steady(step_s):
         begun = clock()
+        if begun - decoding > WARMUP_S:
+            break
         chosen = run.choose(run.decode(chosen))
         step_s.append(clock() - begun)
     return {

@@ -140,7 +140,8 @@ def _show(data: Mapping[str, Any], quiet: bool) -> None:
         )
         print_table("Medians, tokens a second", columns, rows)
         for m in data["measurements"]:
-            print_facts({_name(m): "; ".join(m["flags"]) or None}, quiet)
+            case = f"{_name(m)}, {m['prompt_tokens']} tokens"
+            print_facts({case: "; ".join(m["flags"]) or None}, quiet)
     print_facts({"failures": data["failures"] or "none", "record": data["record"]}, quiet=False)
 
 
