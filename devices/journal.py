@@ -18,16 +18,18 @@ class Journal:
     """Keeps outcomes by trial; without a file, in memory alone.
 
     Lines: `{"sitting": n}` each time the campaign is started, then its trials. A last line that
-    was cut by a kill is dropped.
+    was cut by a kill is dropped. With `retry`, failures are forgotten: what failed runs again.
     """
 
-    def __init__(self, file: Path | None = None) -> None:
+    def __init__(self, file: Path | None = None, *, retry: bool = False) -> None:
         self._file = file
         self._kept: dict[Key, dict[str, Any]] = {}
         self.sitting = 0
         self._offset_s = 0.0
         if file is not None and file.exists():
             self._read(file)
+        if retry:
+            self._kept = {k: told for k, told in self._kept.items() if "failure" not in told}
         self._opened = time.perf_counter()
         self._write({"sitting": self.sitting})
 

@@ -230,6 +230,13 @@ def test_a_broken_model_is_a_recorded_failure(
     assert bad["failure"]["phase"] == "load"
     assert good["failure"] is None
     assert len(good["trials"]) == 2
+    first = told["run_id"]
+    assert main(["bench", str(broken), str(gguf), "-o", str(out), *SMALL, "--json"]) == 1
+    again = json.loads(capsys.readouterr().out)
+    assert again["run_id"] != first  # what failed was tried again, so it is another record
+    assert record(out)["measurements"][1] == good
+    lines = (out / "trials.jsonl").read_text(encoding="utf-8").splitlines()
+    assert sum('"failure"' in line for line in lines) == 2
 
 
 def test_ceilings_are_measured_in_the_same_run(

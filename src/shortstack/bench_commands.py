@@ -49,9 +49,10 @@ def bench(
     """Measure models in every runtime that opens them; the record is `out`/bench.json.
 
     A campaign that was killed goes on with what it has when it is started again; `out` of another
-    campaign is refused. With `dry_run` nothing is written and no model is loaded.
+    campaign is refused. What failed in a finished campaign is tried again. With `dry_run` nothing
+    is written and no model is loaded.
     """
-    _check_out(out)
+    check_ours(out, STEP)  # before any model is looked at
     check_apart(out, [path for name in models for path in model_paths(name)])
     plan = make_plan(models, choice)
     for line in plan.skipped:
@@ -75,6 +76,8 @@ class _Claim:
     run_id: str
     started_at: str
     done: bool
+    retry: bool = False
+    """Done before, but for what failed."""
 
 
 def _measure(plan: Plan, claim: _Claim, models: Sequence[str], display: Display) -> None:
@@ -91,7 +94,7 @@ def _measure(plan: Plan, claim: _Claim, models: Sequence[str], display: Display)
             progress=progress,
             tell=display.note,
             protocol=protocol,
-            journal=Journal(claim.folder / TRIALS),
+            journal=Journal(claim.folder / TRIALS, retry=claim.retry),
         )
     record = {
         "schema": SCHEMA,
@@ -128,11 +131,6 @@ def _ceilings(choice: BenchChoice, threads: int, display: Display) -> dict[str, 
             return {}
 
 
-def _check_out(out: Path) -> None:
-    """Refuse a folder of somebody else before any model is looked at."""
-    check_ours(out, STEP)
-
-
 @contextlib.contextmanager
 def _claimed(out: Path, key: str) -> Iterator[_Claim]:
     """Take `out` for the campaign `key`; one that ends before its first trial leaves nothing."""
@@ -141,25 +139,19 @@ def _claimed(out: Path, key: str) -> Iterator[_Claim]:
     with alone_in(out):
         manifest = read_manifest(out)
         fresh = manifest is None
-        if manifest is None:
-            manifest = {
-                "tool": "shortstack",
-                "version": __version__,
-                "step": STEP,
-                "key": key,
-                "run_id": uuid.uuid4().hex,
-                "started_at": _now(),
-                "files": UNFINISHED,
-            }
-            write_text(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-        if manifest.get("key") != key or "run_id" not in manifest:
+        if manifest is not None and (manifest.get("key") != key or "run_id" not in manifest):
             raise ShortstackError(
-                f"{out} holds another campaign: other models, settings, machine or version. "
+                f"{out} holds another campaign: other models, settings, machine or versions. "
                 "Choose another -o, or remove the folder."
             )
         done = finished(out, key) is not None
+        retry = done and bool(manifest and manifest["failures"])
+        started_at = manifest["started_at"] if manifest else _now()
+        if manifest is None or retry:
+            manifest = _begin(out, key, started_at)
+        claim = _Claim(out, key, manifest["run_id"], started_at, done and not retry, retry)
         try:
-            yield _Claim(out, key, manifest["run_id"], manifest["started_at"], done)
+            yield claim
         except BaseException:
             if fresh and not _has_trials(out / TRIALS):
                 for name in (MANIFEST, TRIALS):
@@ -167,6 +159,21 @@ def _claimed(out: Path, key: str) -> Iterator[_Claim]:
                 if made:
                     shutil.rmtree(out)
             raise
+
+
+def _begin(out: Path, key: str, started_at: str) -> dict[str, Any]:
+    """Write the manifest of a campaign in progress. Each record has an id of its own."""
+    manifest = {
+        "tool": "shortstack",
+        "version": __version__,
+        "step": STEP,
+        "key": key,
+        "run_id": uuid.uuid4().hex,
+        "started_at": started_at,
+        "files": UNFINISHED,
+    }
+    write_text(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    return manifest
 
 
 def _has_trials(file: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from shortstack.artifact import Artifact
 from shortstack.bench_models import benchable, longest_context
 from shortstack.devices import fit, listing
-from shortstack.devices.host import check_threads, describe, usable_cores
+from shortstack.devices.host import check_threads, cpu_model, libraries, usable_cores
 from shortstack.devices.schedule import Case
 from shortstack.devices.workload import Prompt, Workload
 from shortstack.errors import ShortstackError, unknown
@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes it another campaign: what is measured, how, and on which machine."""
+        """What makes it another campaign: what is measured, how, where, with which versions."""
         return {
             "cases": [
                 [c.label, c.artifact.sha256, *c.group, c.prompt.sha256 if c.prompt else None]
@@ -88,7 +88,8 @@ class Plan:
             "energy": self.choice.energy,
             "ceilings": self.choice.ceilings,
             "timeout_s": self.choice.timeout_s,
-            "cpu": describe()["cpu"]["model"],
+            "cpu": cpu_model(),
+            "libraries": libraries(),
             "device": [self.cases[0].device_info.get(name) for name in ("name", "uuid_sha256")],
         }
 
