@@ -13,11 +13,9 @@ from shortstack.artifact import Artifact
 from shortstack.devices.workload import Workload
 from shortstack.errors import ShortstackError
 
-SCHEMA = 1
-NOISY_SPREAD = 0.05
-BUSY_SHARE = 0.10
-SURE_REPEATS = 6
-"""From so many on, the range of the rounds covers the median with at least 95 %."""
+SCHEMA = 2
+READABLE = (1, 2)
+"""Schema 1 lacks only what has a default now."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +34,17 @@ class Trial:
     output_sha256: str
     """Of the tokens that came out: greedy decoding must repeat itself."""
     conditions: Mapping[str, Any]
+    load_kind: str = "warm"
+    """warm: the artifact was in the page cache. cold: its pages were dropped first."""
+    warmup: Mapping[str, Any] = field(default_factory=dict)
+    """`steps`, `steady` (whether the last windows agreed), `decode_step_s`."""
+    device_before: Mapping[str, Any] = field(default_factory=dict)
+    device_after: Mapping[str, Any] = field(default_factory=dict)
+    """Clocks, temperature, throttle reasons, power of an accelerator; empty on the CPU."""
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Steps over the time of the steps: 1 / TPOT."""
+        """Steps over the time of the steps: 1 / TPOT. Of one sequence, whatever the batch."""
         return len(self.decode_step_s) / sum(self.decode_step_s)
 
     @classmethod
@@ -63,6 +68,9 @@ class MemoryTrial:
     """Anonymous and file-backed at the sampled moment of the largest total: these do add up."""
     baseline: Mapping[str, int | None]
     phases: Mapping[str, Mapping[str, Mapping[str, int | None]]]
+    device_memory: Mapping[str, Any] | None = None
+    """Of an accelerator: `method`, `baseline_bytes`, `peak_device_bytes`, `process_bytes`,
+    `allocator_peak_bytes`."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,11 @@ class Measurement:
     runtime_info: Mapping[str, Any] = field(default_factory=dict)
     failure: Failure | None = None
     device: str = "cpu"
+    device_info: Mapping[str, Any] = field(default_factory=dict)
+    kv_bytes_per_token: int | None = None
+    """Of one sequence, from the model's shape and the type of the cache."""
+    energy: tuple[Mapping[str, Any], ...] = ()
+    energy_reason: str | None = None
     tool_version: str = __version__
     schema: int = SCHEMA
 
@@ -115,16 +128,21 @@ class Measurement:
 
     @property
     def prefill_tokens_per_s(self) -> tuple[float, ...]:
-        return tuple(self.workload.prompt_tokens / t.prefill_s for t in self.trials)
+        """Of all sequences of the batch together."""
+        tokens = self.workload.prompt_tokens * self.workload.batch
+        return tuple(tokens / t.prefill_s for t in self.trials)
 
     @property
     def decode_tokens_per_s(self) -> tuple[float, ...]:
-        return tuple(t.decode_tokens_per_s for t in self.trials)
+        """Of all sequences of the batch together."""
+        return tuple(self.workload.batch * t.decode_tokens_per_s for t in self.trials)
 
     @property
     def flags(self) -> tuple[str, ...]:
         """What a reader must know before trusting the figures."""
-        return tuple(_flags(self))
+        from shortstack.devices.flags import flags
+
+        return tuple(flags(self))
 
     def to_dict(self) -> dict[str, Any]:
         data = dataclasses.asdict(dataclasses.replace(self, artifact=None))  # type: ignore[arg-type]  # it writes itself
@@ -135,41 +153,19 @@ class Measurement:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], folder: Path = Path()) -> Measurement:
         """Read what `to_dict` wrote; `folder` is where the artifact lies now."""
-        if data.get("schema") != SCHEMA:
+        if data.get("schema") not in READABLE:
             raise ShortstackError(
                 f"this measurement has schema {data.get('schema')!r}, this shortstack reads "
-                f"{SCHEMA}. Update shortstack, or measure again."
+                f"{' and '.join(map(str, READABLE))}. Update shortstack, or measure again."
             )
         try:
-            rest = {k: v for k, v in data.items() if k != "flags"}
+            rest = {k: v for k, v in data.items() if k not in ("flags", "schema")}
             rest["artifact"] = Artifact.from_dict(data["artifact"], folder)
             rest["workload"] = Workload.from_dict(data["workload"])
             rest["trials"] = tuple(Trial.from_dict(t) for t in data["trials"])
             rest["memory"] = tuple(MemoryTrial(**m) for m in data["memory"])
+            rest["energy"] = tuple(data.get("energy", ()))
             rest["failure"] = Failure(**data["failure"]) if data["failure"] else None
             return cls(**rest)
         except (KeyError, TypeError) as error:
             raise ShortstackError(f"this measurement is damaged: {error}. Measure again.") from None
-
-
-def _flags(measurement: Measurement) -> list[str]:
-    from shortstack.devices.stats import spread
-
-    flags = []
-    trials = measurement.trials
-    if trials and len(trials) < measurement.workload.repeats:
-        flags.append(f"only {len(trials)} of {measurement.workload.repeats} trials")
-    if trials and measurement.workload.repeats < SURE_REPEATS:
-        flags.append(
-            f"few repeats: intervals of {measurement.workload.repeats} rounds are their range and "
-            "cover less than 95 %"
-        )
-    rates = measurement.decode_tokens_per_s
-    if len(rates) > 1 and (cv := spread(rates)) > NOISY_SPREAD:
-        flags.append(f"noisy: decode speed varies by {100 * cv:.0f} % between trials")
-    shares = [s for t in trials if (s := t.conditions.get("foreign_cpu_share")) is not None]
-    if shares and max(shares) > BUSY_SHARE:
-        flags.append(f"busy: other processes took up to {100 * max(shares):.0f} % of the CPU")
-    if len({t.output_sha256 for t in trials}) > 1:
-        flags.append("unsteady: greedy decoding gave other tokens in other trials")
-    return flags

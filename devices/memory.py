@@ -18,7 +18,14 @@ LINUX_METHOD = (
     "total: the kernel's own peak (VmHWM), or a larger sample; anonymous and file-backed: RssAnon "
     f"and RssFile of /proc/self/status, sampled every {1000 * INTERVAL_S:g} ms by a thread"
 )
-OTHER_METHOD = f"psutil rss, sampled every {1000 * INTERVAL_S:g} ms by a thread"
+SAMPLED = f"psutil rss, sampled every {1000 * INTERVAL_S:g} ms by a thread"
+METHODS = {
+    "linux": LINUX_METHOD,
+    "darwin": f"total: the kernel's own peak (getrusage ru_maxrss), or a larger sample; {SAMPLED}",
+    "win32": f"total: the kernel's own peak (PeakWorkingSetSize), or a larger sample; {SAMPLED}",
+}
+"""By sys.platform; elsewhere the kernel keeps no peak that we know of."""
+
 NO_SPLIT = "this system does not tell anonymous from file-backed resident memory"
 
 
@@ -46,7 +53,16 @@ def usage() -> Usage:
 
 def kernel_peak_bytes() -> int | None:
     """The kernel's own peak of the total since this process began; None where it keeps none."""
-    return _status()["VmHWM"] if sys.platform == "linux" else None
+    if sys.platform == "linux":
+        return _status()["VmHWM"]
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes there, kB elsewhere
+    import psutil
+
+    peak = getattr(psutil.Process().memory_info(), "peak_wset", None)
+    return None if peak is None else int(peak)
 
 
 class Sampler:
@@ -75,7 +91,7 @@ class Sampler:
         self._thread.join()
         split = self.baseline.anon_bytes is not None
         return {
-            "method": LINUX_METHOD if split else OTHER_METHOD,
+            "method": METHODS.get(sys.platform, SAMPLED),
             "why_no_split": None if split else NO_SPLIT,
             "n_samples": self._samples,
             "peak_total_bytes": max(kernel_peak_bytes() or 0, self._high.total_bytes),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,8 @@ from shortstack.devices.host import usable_cores
 from shortstack.errors import ShortstackError
 
 LEAST = {
+    "depth_tokens": 0,
+    "batch": 1,
     "prompt_tokens": 1,
     "decode_tokens": 2,
     "warmup_prompt_tokens": 1,
@@ -31,10 +34,19 @@ class Workload:
     """Timed decode steps; the first token comes from the prefill and is not one of them."""
     warmup_prompt_tokens: int = 128
     """Warm-up prefills this much of the prompt, or all of it where it is shorter."""
-    warmup_decode_tokens: int = 8
+    warmup_decode_tokens: int = 64
+    """Warm-up decodes until it is steady, at most so many steps."""
     repeats: int = 6
     memory_repeats: int = 2
     threads: int = field(default_factory=usable_cores)
+    depth_tokens: int = 0
+    """Put into the cache before the prompt, untimed: prefill and decode happen behind them."""
+    batch: int = 1
+    """Sequences that run side by side."""
+    cooldown_s: float = 0.0
+    """Pause between trials."""
+    time_budget_s: float | None = None
+    """No round starts later than this after the campaign began, but for the first timed one."""
 
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
@@ -43,19 +55,33 @@ class Workload:
                 raise ShortstackError(
                     f"workload: {name} is {value!r}, it must be a whole number from {least} up."
                 )
+        _check_seconds("cooldown_s", self.cooldown_s)
+        if self.time_budget_s is not None:
+            _check_seconds("time_budget_s", self.time_budget_s)
+
+    @property
+    def input_tokens(self) -> int:
+        """What a prompt holds: the tokens of the depth, then those that are timed."""
+        return self.depth_tokens + self.prompt_tokens
 
     @property
     def context_tokens(self) -> int:
-        """What a session must hold: the prompt, the first token, every decoded one."""
-        warmup = min(self.warmup_prompt_tokens, self.prompt_tokens) + self.warmup_decode_tokens
-        return max(self.prompt_tokens + self.decode_tokens, warmup) + 1
+        """What each sequence must hold: depth, prompt, the first token, every decoded one."""
+        warmup = min(self.warmup_prompt_tokens, self.input_tokens) + self.warmup_decode_tokens
+        return max(self.input_tokens + self.decode_tokens, warmup) + 1
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Workload:
         return cls(**data)
+
+
+def _check_seconds(name: str, value: object) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= float(value) < math.inf:  # type: ignore[arg-type]  # number says so
+        raise ShortstackError(f"workload: {name} is {value!r}, it must be seconds from 0 up.")
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shortstack.errors import unknown
+from shortstack.runtimes import capabilities
 from shortstack.session import Session
 
 RUNTIMES: dict[str, tuple[str, str]] = {
@@ -30,17 +31,33 @@ def runtimes_for(fmt: str, wanted: Sequence[str] = ()) -> list[str]:
     return [name for name in opens if not wanted or name in wanted]
 
 
-def open_session(path: Path, runtime: str, *, threads: int, context_tokens: int) -> Session:
-    """Open a file or folder for one sequence of at most `context_tokens` tokens.
+def open_session(
+    path: Path,
+    runtime: str,
+    *,
+    threads: int,
+    context_tokens: int,
+    device: str = "cpu",
+    batch: int = 1,
+    options: Mapping[str, str] | None = None,
+) -> Session:
+    """Open a file or folder for `batch` sequences of at most `context_tokens` tokens each.
 
-    Raises ShortstackError for an unknown runtime and for a file that it cannot open,
+    `options`: the runtime's own, as `capabilities.CAPABILITIES` lists them. Raises ShortstackError
+    for an unknown runtime, for what it does not offer and for a file that it cannot open,
     MissingExtraError where its package is not installed.
     """
     try:
         _, module = RUNTIMES[runtime]
     except KeyError:
         raise unknown("runtime", runtime, RUNTIMES) from None
+    capabilities.check(runtime, device, batch, options or {})
     session: Session = importlib.import_module(module).open_session(
-        path, threads=threads, context_tokens=context_tokens
+        path,
+        threads=threads,
+        context_tokens=context_tokens,
+        device=device,
+        batch=batch,
+        **(options or {}),
     )
     return session

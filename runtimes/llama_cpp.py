@@ -1,9 +1,10 @@
-"""llama.cpp through its C API: one sequence, one reused batch, no work per token but the call."""
+"""llama.cpp through its C API: one reused batch, no work per token but the call."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -13,18 +14,43 @@ from numpy.typing import NDArray
 
 from shortstack.errors import ShortstackError
 from shortstack.libllama import clear_log, has_amx, last_words, libllama, system_info
+from shortstack.runtimes.capabilities import device_kind
 
 BATCH = 512
 """Prompt tokens a step: llama.cpp's own default for a physical batch."""
 
-CACHE_TYPES = {0: "F32", 1: "F16", 8: "Q8_0"}
+CACHE_TYPES = {
+    **{"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8},
+    **{"q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7},
+}
 """ggml_type numbers of a KV cache, by name."""
+
+FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a file is opened. Beyond the CPU untested. `gpu_layers`: `all` or a number."""
+
+    threads: int
+    context_tokens: int
+    device: str = "cpu"
+    batch: int = 1
+    gpu_layers: str = "all"
+    flash_attention: str = "auto"
+    kv_type: str = "f16"
+
+    @property
+    def offloads(self) -> bool:
+        return self.device != "cpu"
 
 
 class LlamaCppSession:
-    """A GGUF file open in llama.cpp, on the CPU."""
+    """A GGUF file open in llama.cpp."""
 
-    def __init__(self, path: Path, *, threads: int, context_tokens: int) -> None:
+    def __init__(self, path: Path, choice: Choice) -> None:
+        threads, context_tokens = choice.threads, choice.context_tokens
+        self._choice = choice
         self._lib = libllama()
         self._model: Any = None
         self._context: Any = None
@@ -36,12 +62,12 @@ class LlamaCppSession:
             self._model = self._load(path)
             self._vocab = self._lib.llama_model_get_vocab(self._model)
             self._n_vocab = int(self._lib.llama_vocab_n_tokens(self._vocab))
-            self._context = self._new_context(path, threads, context_tokens)
+            self._context = self._new_context(path)
             self._batch = self._lib.llama_batch_init(BATCH, 0, 1)
         except BaseException:
             self.close()
             raise
-        for slot in range(BATCH):  # what never changes: each token belongs to sequence 0
+        for slot in range(BATCH):  # what seldom changes: each token belongs to sequence 0
             self._batch.n_seq_id[slot] = 1
             self._batch.seq_id[slot][0] = 0
         self._context_tokens = context_tokens
@@ -50,8 +76,10 @@ class LlamaCppSession:
             "version": version("llama-cpp-python"),
             "threads": threads,
             "context_tokens": int(self._lib.llama_n_ctx(self._context)),
-            "kv_cache": CACHE_TYPES[self._lib.llama_context_default_params().type_k],
-            "flash_attention": "auto",
+            "kv_cache": choice.kv_type.upper(),
+            "flash_attention": choice.flash_attention,
+            "device": choice.device,
+            "batch": choice.batch,
             "cpu": system_info(),
             "extra_buffers": not self._amx_avoided,
         }
@@ -65,7 +93,10 @@ class LlamaCppSession:
         if not path.is_file():
             raise ShortstackError(f"{path} is not a file. Name a .gguf file.")
         params = self._lib.llama_model_default_params()
-        params.n_gpu_layers = 0
+        params.n_gpu_layers = self._gpu_layers()
+        if self._choice.offloads:
+            params.split_mode = self._lib.LLAMA_SPLIT_MODE_NONE
+            params.main_gpu = device_kind(self._choice.device)[1]
         params.use_extra_bufts = not self._amx_avoided
         model = self._lib.llama_model_load_from_file(str(path).encode(), params)
         if not model:
@@ -75,20 +106,35 @@ class LlamaCppSession:
             )
         return model
 
-    def _new_context(self, path: Path, threads: int, context_tokens: int) -> Any:
+    def _gpu_layers(self) -> int:
+        if not self._choice.offloads:
+            return 0
+        if not self._lib.llama_supports_gpu_offload():
+            raise ShortstackError(
+                f"this llama.cpp was built for the CPU alone, {self._choice.device} is asked for. "
+                "Build it for the device: shortstack doctor says how"
+            )
+        wanted = self._choice.gpu_layers
+        return 1_000_000 if wanted == "all" else int(wanted)  # more than any model has
+
+    def _new_context(self, path: Path) -> Any:
+        choice, context_tokens = self._choice, self._choice.context_tokens
         params = self._lib.llama_context_default_params()
-        params.n_ctx = context_tokens
+        params.n_ctx = context_tokens * choice.batch
+        params.n_seq_max = choice.batch
         params.n_batch = params.n_ubatch = BATCH
         params.n_outputs_max = BATCH
         params.n_outputs_max_per_seq = BATCH
-        params.n_threads = params.n_threads_batch = threads
-        params.offload_kqv = params.op_offload = False
+        params.n_threads = params.n_threads_batch = choice.threads
+        params.offload_kqv = params.op_offload = choice.offloads
+        params.flash_attn_type = FLASH_ATTENTION[choice.flash_attention]
+        params.type_k = params.type_v = CACHE_TYPES[choice.kv_type]
         params.no_perf = True
         context = self._lib.llama_init_from_model(self._model, params)
         if not context:
             raise ShortstackError(
                 f"llama.cpp cannot make a context of {context_tokens} tokens for {path}: "
-                f"{last_words()}. Ask for fewer tokens."
+                f"{last_words()}. Ask for fewer tokens or another KV type."
             )
         return context
 
@@ -101,10 +147,39 @@ class LlamaCppSession:
         return dict(self._info)
 
     def prefill(self, tokens: Sequence[int], *, all_logits: bool = False) -> NDArray[np.float32]:
-        memory = self._lib.llama_get_memory(self._context)
-        self._lib.llama_memory_clear(memory, True)
-        self._past = 0
+        self._empty_cache()
         return self._append(tokens, all_logits)
+
+    def extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        return self._append(tokens, False)
+
+    def prefill_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        self._empty_cache()
+        return self.extend_rows(rows)
+
+    def extend_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        height, length = rows.shape
+        width = max(1, BATCH // height)
+        for start in range(0, length, width):
+            part = rows[:, start : start + width]
+            self._fill_rows(part, last=start + width >= length)
+            self._step(part.shape[1], height)
+        ends = (part.shape[1] * (row + 1) - 1 for row in range(height))
+        return np.stack([self._logits(end) for end in ends])
+
+    def _fill_rows(self, rows: NDArray[np.int64], *, last: bool) -> None:
+        """Row by row into the batch; logits are wanted of the last token of each at the end."""
+        batch, width = self._batch, rows.shape[1]
+        for slot, token in enumerate(rows.ravel().tolist()):
+            row, column = divmod(slot, width)
+            batch.token[slot] = token
+            batch.pos[slot] = self._past + column
+            batch.seq_id[slot][0] = row
+            batch.logits[slot] = last and column == width - 1
+
+    def _empty_cache(self) -> None:
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        self._past = 0
 
     def resume(self, keep: int, tokens: Sequence[int]) -> NDArray[np.float32] | None:
         memory = self._lib.llama_get_memory(self._context)
@@ -145,12 +220,13 @@ class LlamaCppSession:
             batch.logits[slot] = all_logits
         batch.logits[len(tokens) - 1] = all_logits or last
 
-    def _step(self, count: int) -> None:
+    def _step(self, count: int, height: int = 1) -> None:
+        """Run the filled batch: `count` tokens of each of `height` sequences."""
         if self._past + count > self._context_tokens:
             raise ShortstackError(
                 f"the context of {self._context_tokens} tokens is full. Ask for fewer tokens."
             )
-        self._batch.n_tokens = count
+        self._batch.n_tokens = count * height
         code = self._lib.llama_decode(self._context, self._batch)
         if code:
             raise ShortstackError(
@@ -192,5 +268,9 @@ class LlamaCppSession:
         self.close()
 
 
-def open_session(path: Path, *, threads: int, context_tokens: int) -> LlamaCppSession:
-    return LlamaCppSession(path, threads=threads, context_tokens=context_tokens)
+def open_session(path: Path, **choice: Any) -> LlamaCppSession:
+    """`choice`: the fields of Choice."""
+    made = Choice(**choice)
+    if made.batch > BATCH:
+        raise ShortstackError(f"llama.cpp runs batches up to {BATCH}, {made.batch} is asked for.")
+    return LlamaCppSession(path, made)

@@ -12,21 +12,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shortstack.errors import MissingExtraError, ShortstackError, one_line
+from shortstack.runtimes.capabilities import device_kind
 
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)$")
-DEVICE = ("cpu", 0)
+HOST = ("cpu", 0)
 
 
 class OrtSession:
-    """A folder with model.onnx open in onnxruntime, on the CPU.
+    """A folder with model.onnx open in onnxruntime, on the CPU or (untested) on CUDA.
 
     Graphs of GroupQueryAttention write new keys and values into the buffer they read the old ones
     from: it is allocated once for the whole context and bound as input and output. Other graphs
-    return a longer cache; it is passed on as it is.
+    return a longer cache; it is passed on as it is. Either way the cache stays on the device; only
+    ids go there, only logits come back.
     """
 
-    def __init__(self, path: Path, *, threads: int, context_tokens: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int,
+        context_tokens: int,
+        device: str = "cpu",
+        batch: int = 1,
+    ) -> None:
         try:
             import onnxruntime
         except ImportError:
@@ -36,7 +46,9 @@ class OrtSession:
         self._ort = onnxruntime
         self._folder = path
         self._context_tokens = context_tokens
-        self._session = _open(onnxruntime, path, threads)
+        self._device = device_kind(device)
+        self._batch = batch
+        self._session = _open(onnxruntime, path, threads, self._device)
         inputs = {i.name: i for i in self._session.get_inputs()}
         self._inputs = inputs
         self._past_names = sorted((n for n in inputs if PAST.search(n)), key=_layer_and_kind)
@@ -49,10 +61,10 @@ class OrtSession:
         # such graphs call this dimension `kv_cache_dim` instead of giving its size
         self._head_dim = config.get("model", {}).get("decoder", {}).get("head_size")
         self._past = 0
-        self._ones = np.ones((1, context_tokens), np.int64)
-        self._token = np.zeros((1, 1), np.int64)
-        self._position = np.zeros((1, 1), np.int64)
-        self._row = np.zeros((1, 1, self._vocab), self._logits_dtype)
+        self._ones = np.ones((batch, context_tokens), np.int64)
+        self._token = np.zeros((batch, 1), np.int64)
+        self._position = np.zeros((batch, 1), np.int64)
+        self._row = np.zeros((batch, 1, self._vocab), self._logits_dtype)
         self._cache = self._new_cache(context_tokens if self._shared else 0)
         self._step = self._bind(self._token, self._position, self._row)
         self._info = {
@@ -63,6 +75,8 @@ class OrtSession:
             "kv_cache": np.dtype(self._dtype).name,
             "kv_cache_shared": self._shared,
             "providers": self._session.get_providers(),
+            "device": device,
+            "batch": batch,
             "spinning": True,  # the default: a third faster a token, at the price of idle cores
         }
 
@@ -78,13 +92,16 @@ class OrtSession:
     def _new_cache(self, length: int) -> list[Any]:
         shapes = [self._inputs[name].shape for name in self._past_names]
         return [
-            self._value(np.zeros((1, heads, length, self._head_dim or dim), self._dtype))
+            self._value(
+                np.zeros((self._batch, heads, length, self._head_dim or dim), self._dtype),
+                self._device,
+            )
             for _, heads, _, dim in shapes
         ]
 
-    def _value(self, array: NDArray[Any]) -> Any:
-        """An OrtValue on the same memory as `array`."""
-        return self._ort.OrtValue.ortvalue_from_numpy(array)
+    def _value(self, array: NDArray[Any], place: tuple[str, int] = HOST) -> Any:
+        """An OrtValue: on the host the same memory as `array`, on a device a copy."""
+        return self._ort.OrtValue.ortvalue_from_numpy(array, *place)
 
     def _bind(
         self,
@@ -98,7 +115,7 @@ class OrtSession:
         if "position_ids" in self._inputs:
             binding.bind_ortvalue_input("position_ids", self._value(positions))
         if logits is None:
-            binding.bind_output("logits", *DEVICE)
+            binding.bind_output("logits", *HOST)
         else:
             binding.bind_ortvalue_output("logits", self._value(logits))
         self._bind_cache(binding)
@@ -110,7 +127,7 @@ class OrtSession:
             if self._shared:
                 binding.bind_ortvalue_output(_present(name), value)
             else:
-                binding.bind_output(_present(name), *DEVICE)
+                binding.bind_output(_present(name), *self._device)
 
     @property
     def vocab_size(self) -> int:
@@ -121,37 +138,64 @@ class OrtSession:
         return dict(self._info)
 
     def prefill(self, tokens: Sequence[int], *, all_logits: bool = False) -> NDArray[np.float32]:
+        self._empty_cache()
+        logits = self._append(np.array([tokens], np.int64))[0]
+        return np.array(logits if all_logits else logits[-1], np.float32)
+
+    def extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        return np.array(self._append(np.array([tokens], np.int64))[0, -1], np.float32)
+
+    def prefill_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        self._empty_cache()
+        return self.extend_rows(rows)
+
+    def extend_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        if rows.shape[1] == 1:
+            return self._step_once(rows)
+        if self._shared and self._past and len(rows) > 1:
+            raise ShortstackError(
+                "onnxruntime's GroupQueryAttention takes no batch of prompts behind a filled "
+                "cache. Ask for batch 1 or depth 0."
+            )
+        return np.array(self._append(rows)[:, -1], np.float32)
+
+    def _empty_cache(self) -> None:
         if not self._shared:
             self._cache = self._new_cache(0)
         self._past = 0
-        logits = self._append(tokens)
-        return np.array(logits if all_logits else logits[-1], np.float32)
 
     def resume(self, keep: int, tokens: Sequence[int]) -> NDArray[np.float32] | None:
         if not self._shared:  # a shared buffer is overwritten: the mask's length says from where
             self._cache = [
-                self._value(np.ascontiguousarray(value.numpy()[:, :, :keep]))
+                self._value(np.ascontiguousarray(value.numpy()[:, :, :keep]), self._device)
                 for value in self._cache
             ]
         self._past = keep
-        return np.array(self._append(tokens), np.float32)
+        return np.array(self._append(np.array([tokens], np.int64))[0], np.float32)
 
-    def _append(self, tokens: Sequence[int]) -> NDArray[Any]:
-        """Run tokens after the cache's; logits of each, shape (len(tokens), vocab)."""
-        ids = np.array([tokens], np.int64)
-        positions = np.arange(self._past, self._past + len(tokens), dtype=np.int64)[None]
-        binding = self._bind(ids, positions, None)
-        self._run(binding, len(tokens))
-        logits: NDArray[Any] = binding.get_outputs()[0].numpy()[0]
+    def _append(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Run tokens after the cache's; logits of each, shape (batch, n, vocab)."""
+        count = rows.shape[1]
+        positions = np.arange(self._past, self._past + count, dtype=np.int64)[None]
+        tokens = np.ascontiguousarray(rows, np.int64)
+        binding = self._bind(tokens, np.repeat(positions, len(rows), axis=0), None)
+        self._run(binding, count)
+        logits: NDArray[Any] = binding.get_outputs()[0].numpy()
         return logits
 
     def decode(self, token: int) -> NDArray[np.float32]:
-        self._token[0, 0] = token
-        self._position[0, 0] = self._past
-        if not self._shared:
+        return np.asarray(self._step_once(token)[0])
+
+    def _step_once(self, tokens: NDArray[np.int64] | int) -> NDArray[np.float32]:
+        """One token a row through the binding that is kept; logits, shape (batch, vocab)."""
+        self._token[:] = tokens
+        self._position[:] = self._past
+        if self._device != HOST:  # binding copies to the device, so it is done anew
+            self._step = self._bind(self._token, self._position, self._row)
+        elif not self._shared:
             self._bind_cache(self._step)
         self._run(self._step, 1)
-        return np.array(self._row[0, 0], np.float32)
+        return np.array(self._row[:, 0], np.float32)
 
     def _run(self, binding: Any, count: int) -> None:
         total = self._past + count
@@ -190,7 +234,7 @@ class OrtSession:
         self.close()
 
 
-def _open(onnxruntime: Any, path: Path, threads: int) -> Any:
+def _open(onnxruntime: Any, path: Path, threads: int, device: tuple[str, int]) -> Any:
     file = path / "model.onnx"
     if not file.is_file():
         raise ShortstackError(f"{path} holds no model.onnx. Name the folder of an ONNX export.")
@@ -199,11 +243,25 @@ def _open(onnxruntime: Any, path: Path, threads: int) -> Any:
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     try:
-        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            str(file), options, providers=_providers(onnxruntime, device)
+        )
     except _errors(onnxruntime) as error:
         raise ShortstackError(
             f"onnxruntime cannot open {file}: {one_line(str(error), 300)}. Export it again."
         ) from None
+
+
+def _providers(onnxruntime: Any, device: tuple[str, int]) -> list[Any]:
+    kind, number = device
+    if kind == "cpu":
+        return ["CPUExecutionProvider"]
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise ShortstackError(
+            "this onnxruntime has no CUDA provider. Run: pip uninstall onnxruntime; "
+            "pip install 'shortstack[cuda]'"
+        )
+    return [("CUDAExecutionProvider", {"device_id": number}), "CPUExecutionProvider"]
 
 
 def _errors(onnxruntime: Any) -> tuple[type[Exception], ...]:
@@ -240,5 +298,9 @@ def _layer_and_kind(name: str) -> tuple[int, str]:
     return int(found[1]), found[2]
 
 
-def open_session(path: Path, *, threads: int, context_tokens: int) -> OrtSession:
-    return OrtSession(path, threads=threads, context_tokens=context_tokens)
+def open_session(
+    path: Path, *, threads: int, context_tokens: int, device: str = "cpu", batch: int = 1
+) -> OrtSession:
+    return OrtSession(
+        path, threads=threads, context_tokens=context_tokens, device=device, batch=batch
+    )

@@ -11,19 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shortstack.errors import MissingExtraError, ShortstackError, one_line
+from shortstack.runtimes.capabilities import device_kind
 
 
 class GenaiSession:
-    """A folder with genai_config.json open in onnxruntime-genai, on the CPU."""
+    """A folder with genai_config.json open in onnxruntime-genai; on CUDA it is untested."""
 
-    def __init__(self, path: Path, *, threads: int, context_tokens: int) -> None:
+    def __init__(
+        self, path: Path, *, threads: int, context_tokens: int, device: str = "cpu"
+    ) -> None:
         try:
             import onnxruntime_genai
         except ImportError:
             raise MissingExtraError("onnxruntime-genai", "onnx", "running an ONNX model") from None
         onnxruntime_genai.disable_telemetry_events()
         self._genai = onnxruntime_genai
-        self._model = _open(onnxruntime_genai, path, threads)
+        self._model = _open(onnxruntime_genai, path, threads, device)
         self._context_tokens = context_tokens
         self._generator: Any = None
         self._tokenizer: Any = None
@@ -34,6 +37,7 @@ class GenaiSession:
             "version": onnxruntime_genai.__version__,
             "threads": threads,
             "context_tokens": context_tokens,
+            "device": device,
         }
 
     @property
@@ -58,6 +62,12 @@ class GenaiSession:
         if self._generator is None:
             raise ShortstackError("decode needs a prefill before it.")
         self._generator.append_tokens(np.array([[token]], np.int32))
+        return self._last_logits()
+
+    def extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        if self._generator is None:
+            raise ShortstackError("extend needs a prefill before it.")
+        self._generator.append_tokens(np.array([tokens], np.int32))
         return self._last_logits()
 
     def resume(self, keep: int, tokens: Sequence[int]) -> NDArray[np.float32] | None:
@@ -85,7 +95,7 @@ class GenaiSession:
         self.close()
 
 
-def _open(genai: Any, path: Path, threads: int) -> Any:
+def _open(genai: Any, path: Path, threads: int, device: str) -> Any:
     if not (path / "genai_config.json").is_file():
         raise ShortstackError(
             f"{path} holds no genai_config.json. Name the folder of an ONNX export by shortstack."
@@ -94,6 +104,11 @@ def _open(genai: Any, path: Path, threads: int) -> Any:
     try:
         config = genai.Config(str(path))
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+        kind, number = device_kind(device)
+        config.clear_providers()
+        if kind == "cuda":
+            config.append_provider("cuda")
+            config.set_provider_option("cuda", "device_id", str(number))
         return genai.Model(config)
     except RuntimeError as error:
         raise ShortstackError(
@@ -101,5 +116,8 @@ def _open(genai: Any, path: Path, threads: int) -> Any:
         ) from None
 
 
-def open_session(path: Path, *, threads: int, context_tokens: int) -> GenaiSession:
-    return GenaiSession(path, threads=threads, context_tokens=context_tokens)
+def open_session(
+    path: Path, *, threads: int, context_tokens: int, device: str = "cpu", batch: int = 1
+) -> GenaiSession:
+    assert batch == 1, "capabilities.CAPABILITIES says that batches are refused"
+    return GenaiSession(path, threads=threads, context_tokens=context_tokens, device=device)

@@ -11,20 +11,30 @@ from numpy.typing import NDArray
 
 from shortstack.errors import MissingExtraError, ShortstackError
 from shortstack.pretrained import load
+from shortstack.runtimes.capabilities import device_kind
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 class PyTorchSession:
-    """A Hugging Face folder open in transformers, on the CPU."""
+    """A Hugging Face folder open in transformers, on the CPU or (untested) on CUDA."""
 
     def __init__(
-        self, path: Path, *, threads: int, context_tokens: int, dtype: str = "float32"
+        self,
+        path: Path,
+        *,
+        threads: int,
+        context_tokens: int,
+        device: str = "cpu",
+        batch: int = 1,
+        dtype: str = "float32",
     ) -> None:
         torch, transformers = _packages()
         torch.set_num_threads(threads)
         self._torch = torch
-        self._model = load(path, getattr(torch, dtype))
+        self._device = _device(torch, device)
+        self._model = load(path, getattr(torch, dtype)).to(self._device)
+        self._synchronize()  # the copy to the device belongs to the load
         self._cache: Any = None
         self._context_tokens = context_tokens
         self._tokenizer_file = path / "tokenizer.json"
@@ -36,6 +46,9 @@ class PyTorchSession:
             "context_tokens": context_tokens,
             "kv_cache": dtype,
             "dtype": dtype,
+            "device": str(self._device),
+            "batch": batch,
+            "attention": str(self._model.config.get_text_config()._attn_implementation),
         }
 
     @property
@@ -47,16 +60,29 @@ class PyTorchSession:
         return dict(self._info)
 
     def prefill(self, tokens: Sequence[int], *, all_logits: bool = False) -> NDArray[np.float32]:
-        from transformers import DynamicCache
-
-        self._cache = DynamicCache(config=self._model.config.get_text_config())
-        logits = self._forward(tokens, keep=0 if all_logits else 1)
+        self._empty_cache()
+        logits = self._forward([tokens], keep=0 if all_logits else 1)[0]
         return logits if all_logits else np.asarray(logits[-1])
 
     def decode(self, token: int) -> NDArray[np.float32]:
         if self._cache is None:
             raise ShortstackError("decode needs a prefill before it.")
-        return np.asarray(self._forward([token], keep=1)[-1])
+        return np.asarray(self._forward([[token]], keep=1)[0, -1])
+
+    def extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        return np.asarray(self._forward([tokens], keep=1)[0, -1])
+
+    def prefill_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        self._empty_cache()
+        return self.extend_rows(rows)
+
+    def extend_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.asarray(self._forward(rows.tolist(), keep=1)[:, -1])
+
+    def _empty_cache(self) -> None:
+        from transformers import DynamicCache
+
+        self._cache = DynamicCache(config=self._model.config.get_text_config())
 
     def resume(self, keep: int, tokens: Sequence[int]) -> NDArray[np.float32] | None:
         if self._cache is None or self._has_windows:
@@ -64,28 +90,33 @@ class PyTorchSession:
         surplus = self._cache.get_seq_length() - keep
         if surplus:
             self._cache.crop(-surplus)
-        return self._forward(tokens, keep=0)
+        return np.asarray(self._forward([tokens], keep=0)[0])
 
     @property
     def _has_windows(self) -> bool:
         """Whether some layers keep only the last keys and values."""
         return any(getattr(layer, "is_sliding", False) for layer in self._cache.layers)
 
-    def _forward(self, tokens: Sequence[int], keep: int) -> NDArray[np.float32]:
-        if self._cache.get_seq_length() + len(tokens) > self._context_tokens:
+    def _forward(self, rows: Sequence[Sequence[int]], keep: int) -> NDArray[np.float32]:
+        """Logits on the host, shape (rows, kept, vocab): the copy waits for the device."""
+        if self._cache.get_seq_length() + len(rows[0]) > self._context_tokens:
             raise ShortstackError(
                 f"the context of {self._context_tokens} tokens is full. Ask for fewer tokens."
             )
         torch = self._torch
         with torch.inference_mode():
             result = self._model(
-                input_ids=torch.tensor([list(tokens)]),
+                input_ids=torch.tensor([list(row) for row in rows], device=self._device),
                 past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=keep,
             )
-        logits: NDArray[np.float32] = result.logits[0].float().numpy()
+        logits: NDArray[np.float32] = result.logits.float().cpu().numpy()
         return logits
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            self._torch.cuda.synchronize(self._device)
 
     def tokenize(self, text: str) -> list[int] | None:
         if not self._tokenizer_file.is_file():
@@ -114,5 +145,33 @@ def _packages() -> tuple[Any, Any]:
     return torch, transformers
 
 
-def open_session(path: Path, *, threads: int, context_tokens: int) -> PyTorchSession:
-    return PyTorchSession(path, threads=threads, context_tokens=context_tokens)
+def _device(torch: Any, device: str) -> Any:
+    kind, number = device_kind(device)
+    if kind == "cuda":
+        seen = torch.cuda.device_count()
+        if number >= seen:
+            raise ShortstackError(
+                f"PyTorch {torch.__version__} sees {seen} CUDA devices, {device} is asked for. "
+                "Install a CUDA build of torch, or see what is here: shortstack doctor"
+            )
+        return torch.device("cuda", number)
+    return torch.device("cpu")
+
+
+def open_session(
+    path: Path,
+    *,
+    threads: int,
+    context_tokens: int,
+    device: str = "cpu",
+    batch: int = 1,
+    dtype: str = "float32",
+) -> PyTorchSession:
+    return PyTorchSession(
+        path,
+        threads=threads,
+        context_tokens=context_tokens,
+        device=device,
+        batch=batch,
+        dtype=dtype,
+    )

@@ -12,6 +12,7 @@ import typer
 
 from shortstack import (
     __version__,
+    cli_bench,
     cli_eval,
     cli_heal,
     cli_lm_eval,
@@ -170,36 +171,6 @@ def export(
 
 @app.command()
 @user_errors
-def bench(
-    artifacts: Annotated[list[Path], typer.Argument(help="Artifact folders, from export or run.")],
-    out: Out,
-    text: Text = "spdx",
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    decode_tokens: Annotated[int, typer.Option(min=2)] = 64,
-    repeats: Annotated[int, typer.Option(min=2)] = 6,
-    threads: Annotated[int | None, typer.Option(min=1)] = None,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure artifacts in fresh processes, in turn; keep every sample."""
-    from shortstack import commands, terminal
-    from shortstack.recipe import BenchRecipe, part
-
-    workload = part(
-        BenchRecipe,
-        prompt_tokens=prompt_tokens,
-        decode_tokens=decode_tokens,
-        repeats=repeats,
-        threads=threads,
-    )
-    result = commands.bench(artifacts, workload, text, out, terminal.display(quiet or as_json))
-    answer(result, as_json, lambda: terminal.print_bench(result, quiet))
-    if result["failures"]:
-        raise typer.Exit(1)
-
-
-@app.command()
-@user_errors
 def doctor(as_json: JsonOption = False) -> None:
     """Try every runtime on every device; say what is missing and what to do."""
     from shortstack import terminal
@@ -218,6 +189,7 @@ def doctor(as_json: JsonOption = False) -> None:
         raise typer.Exit(2)
 
 
+app.command()(cli_bench.bench)
 app.command()(cli_heal.heal)
 app.command("eval")(cli_eval.evaluate)
 app.command()(cli_repair.repair)

@@ -9,14 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from shortstack import forecast, prune, reporting, steps
+from shortstack import forecast, prune, steps
 from shortstack.artifact import Artifact
 from shortstack.certify import make_reference, require_pytorch
 from shortstack.checkpoint import Checkpoint
-from shortstack.devices.harness import Case, measure
 from shortstack.devices.host import check_threads
 from shortstack.devices.report import ReportData, write_report
-from shortstack.devices.workload import Prompt
 from shortstack.disk import require_space
 from shortstack.errors import ShortstackError
 from shortstack.export import exporter
@@ -35,13 +33,11 @@ from shortstack.manifest import (
 from shortstack.progress import Display
 from shortstack.prune.plan import PrunePlan, parse_removal, read_plan
 from shortstack.recipe import (
-    BenchRecipe,
     CalibrationRecipe,
     ExportRecipe,
     PruneRecipe,
     VerifyRecipe,
 )
-from shortstack.runtimes import runtimes_for
 from shortstack.text import open_corpus
 from shortstack.windows import unseen_windows
 
@@ -218,52 +214,6 @@ def export(
     return {"folder": str(out), **_facts(kept)}
 
 
-def bench(
-    folders: Sequence[Path], choice: BenchRecipe, text: str, out: Path, display: Display
-) -> dict[str, Any]:
-    """Measure artifact folders in turn; one record a file in `out`."""
-    check_ours(out, "bench")
-    check_apart(out, folders)
-    check_threads(choice.threads)
-    artifacts = [open_artifact(folder) for folder in folders]
-    corpus = open_corpus(text)
-    tokens = _prompt_tokens(artifacts[0], corpus.test, choice.prompt_tokens)
-    prompt = Prompt(tokens, f"{corpus.source}, test part")
-    labels = _labels(folders)
-    cases = [
-        Case(label, artifact, runtimes_for(artifact.format)[0])
-        for label, artifact in zip(labels, artifacts, strict=True)
-    ]
-    with staged(out, "bench") as partial:
-        with display.step("Measure, in turn") as progress:
-            measured = measure(cases, steps.to_workload(choice), prompt, progress=progress)
-        steps.write_measurements(partial, measured)
-        key = step_key("bench", {"artifacts": [a.sha256 for a in artifacts]})
-        write_manifest(partial, "bench", key, {"failures": _failures(measured)})
-    return {
-        "folder": str(out),
-        "measurements": [reporting.figures(m) for m in measured],
-        "failures": _failures(measured),
-    }
-
-
-def _failures(measured: Sequence[Any]) -> list[str]:
-    return [m.failure.message for m in measured if m.failure]
-
-
-def _labels(folders: Sequence[Path]) -> list[str]:
-    """`original` and `pruned` where the folders say so, else their names; no two alike."""
-    labels = []
-    for folder in folders:
-        parts = folder.absolute().parts
-        known = [p for p in parts[-2:] if p in ("original", "pruned")]
-        label = known[0] if known else folder.name
-        while label in labels:
-            label += "'"
-        labels.append(label)
-    return labels
-
-
 def open_artifact(folder: Path) -> Artifact:
     """Read the manifest of a folder that `export` or `run` made."""
     manifest = read_manifest(folder)
@@ -281,20 +231,6 @@ def open_artifact(folder: Path) -> Artifact:
         return Artifact.from_dict(manifest["artifact"], folder)
     except (KeyError, TypeError):
         raise ShortstackError(f"{folder}/shortstack.json is damaged. Export it again.") from None
-
-
-def _prompt_tokens(artifact: Artifact, documents: Sequence[str], count: int) -> tuple[int, ...]:
-    """Tokens of real text, by the artifact's own tokenizer."""
-    from shortstack.runtimes import open_session
-    from shortstack.text import token_windows
-
-    runtime = runtimes_for(artifact.format)[0]
-    with open_session(artifact.path, runtime, threads=1, context_tokens=count) as session:
-
-        def encode(text: str) -> list[int]:
-            return session.tokenize(text) or []
-
-        return tuple(token_windows(documents, encode, count, 1)[0])
 
 
 def report(run_folder: Path, out: Path) -> dict[str, Any]:

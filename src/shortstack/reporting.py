@@ -11,7 +11,6 @@ from shortstack.checkpoint import Checkpoint
 from shortstack.devices.host import describe, libraries
 from shortstack.devices.measurement import Measurement
 from shortstack.devices.report import Entry, ModelFacts, Quality, ReportData, speedups
-from shortstack.devices.stats import median
 from shortstack.prune.plan import PrunePlan
 from shortstack.recipe import Recipe
 from shortstack.runtimes import runtimes_for
@@ -106,24 +105,6 @@ def summary(
             for c in speedups(data.entries)
         ],
         "failures": failures,
-    }
-
-
-def figures(record: Measurement) -> dict[str, Any]:
-    """The medians of one measurement; None where there is no trial."""
-    if not record.trials:
-        return {"label": record.label, "runtime": record.runtime, "failed": True}
-    peaks = [m.peak_total_bytes for m in record.memory]
-    return {
-        "label": record.label,
-        "export": record.artifact.spec.slug,
-        "runtime": record.runtime,
-        "load_s": median(record.load_s),
-        "ttft_s": median(record.ttft_s),
-        "prefill_tokens_per_s": median(record.prefill_tokens_per_s),
-        "decode_tokens_per_s": median(record.decode_tokens_per_s),
-        "peak_rss_bytes": median(peaks) if peaks else None,
-        "flags": list(record.flags),
     }
 
 

@@ -49,7 +49,7 @@ class RunFolder:
         made = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
         head = {"tool": "shortstack", "version": __version__, "schema": SCHEMA, "step": "run"}
-        with _alone_in(path):
+        with alone_in(path):
             write_text(path / MANIFEST, json.dumps({**head, **facts}, indent=2) + "\n")
             try:
                 yield cls(path, display)
@@ -86,7 +86,7 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def _alone_in(path: Path) -> Iterator[None]:
+def alone_in(path: Path) -> Iterator[None]:
     """Hold a lock on the folder, which the kernel lets go of however the process ends."""
     try:
         import fcntl

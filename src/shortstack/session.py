@@ -57,3 +57,26 @@ class Resumable(Session, Protocol):
         lost, where the cache no longer holds what is needed: prefill.
         """
         ...
+
+
+@runtime_checkable
+class Extendable(Session, Protocol):
+    """A session that takes many tokens at once behind those it holds: a prompt at depth."""
+
+    def extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Run `tokens` after the cache's; return logits of the last position, shape (vocab,)."""
+        ...
+
+
+@runtime_checkable
+class Batched(Session, Protocol):
+    """A session opened for `batch` sequences of equal length, run side by side."""
+
+    def prefill_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Empty the cache, run `rows`, shape (batch, n); return the last logits of each row,
+        shape (batch, vocab)."""
+        ...
+
+    def extend_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The same behind what the cache holds: shape (batch, n) in, (batch, vocab) out."""
+        ...

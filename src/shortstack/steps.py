@@ -13,9 +13,11 @@ from shortstack import prune
 from shortstack.artifact import Artifact
 from shortstack.certify import ReferenceFacts, certify, make_reference
 from shortstack.checkpoint import Checkpoint
-from shortstack.devices.harness import Case, measure
+from shortstack.devices.harness import measure
 from shortstack.devices.host import describe, usable_cores
 from shortstack.devices.measurement import Measurement
+from shortstack.devices.protocol import Protocol
+from shortstack.devices.schedule import Case
 from shortstack.devices.workload import Prompt, Workload
 from shortstack.errors import ShortstackError, VerificationError
 from shortstack.export import exporter
@@ -322,7 +324,8 @@ def bench(
             for label, artifact in found
             for runtime in runtimes_for(artifact.format)[:1]
         ]
-        measured = measure(cases, workload, prompt, progress=progress, seed=recipe.seed)
+        protocol = Protocol(seed=recipe.seed)
+        measured = measure(cases, workload, prompt, progress=progress, protocol=protocol)
         write_measurements(partial, measured)
         return {"failures": [m.failure.message for m in measured if m.failure]}
 

@@ -51,7 +51,7 @@ class Terminal:
             bars.update(task, completed=total, total=total)
 
     def note(self, text: str) -> None:
-        self.console.print(f"  [dim]{text}", highlight=False)
+        self.console.print(f"  [dim]{text}", highlight=False, soft_wrap=True)
 
 
 def display(quiet: bool) -> Display:
@@ -119,24 +119,6 @@ def print_run(data: Mapping[str, Any], quiet: bool) -> None:
         before, after = data["perplexity"]["original"], data["perplexity"]["pruned"]
         print_facts({"perplexity": f"{before:.2f} to {after:.2f} ({after / before:.2f} x)"}, quiet)
     print_facts({"failures": data["failures"] or "none", "report": data["report"]}, quiet=False)
-
-
-def print_bench(data: Mapping[str, Any], quiet: bool) -> None:
-    """Medians of every measured artifact."""
-    if not quiet:
-        names = ("ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s")
-        rows = [
-            (
-                f"{m['label']} {m['export']} in {m['runtime']}",
-                *(f"{m[name]:.3g}" for name in names),
-                megabytes(m["peak_rss_bytes"]),
-            )
-            for m in data["measurements"]
-            if not m.get("failed")
-        ]
-        columns = ("artifact", "TTFT s", "prefill tok/s", "decode tok/s", "peak RSS")
-        print_table("Medians", columns, rows)
-    print_facts({"failures": data["failures"] or "none", "folder": data["folder"]}, quiet=False)
 
 
 def print_facts(data: Mapping[str, Any], quiet: bool) -> None:

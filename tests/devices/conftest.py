@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 
 from shortstack.artifact import Artifact, ExportSpec
-from shortstack.devices.harness import Case
+from shortstack.devices.schedule import Case
 from shortstack.devices.workload import Prompt, Workload
 
 OPENER = "fake_session:open_session"
@@ -23,7 +24,7 @@ class MakeCase(Protocol):
 @pytest.fixture
 def opener(monkeypatch: pytest.MonkeyPatch) -> str:
     """Lets a child import tests/devices/fake_session.py."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     return OPENER
 
 

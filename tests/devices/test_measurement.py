@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from shortstack.devices.harness import measure
-from shortstack.devices.measurement import Failure, Measurement, Trial
+from shortstack.devices.measurement import Measurement, Trial
+from shortstack.devices.protocol import Protocol
 from shortstack.devices.workload import Prompt, Workload
 from shortstack.errors import ShortstackError
 
@@ -56,7 +57,7 @@ def test_a_real_measurement_survives_json(
 ) -> None:
     workload = dataclasses.replace(workload, memory_repeats=1)
     cases = [make_case("instant"), make_case("crasher", "pruned")]
-    for measurement in measure(cases, workload, prompt, opener=opener):
+    for measurement in measure(cases, workload, prompt, protocol=Protocol(opener=opener)):
         assert through_json(measurement) == measurement
 
 
@@ -67,8 +68,19 @@ def test_rates_come_from_each_trial_not_from_means(measured: Measurement) -> Non
 
 
 def test_a_newer_schema_is_refused(measured: Measurement) -> None:
-    with pytest.raises(ShortstackError, match="schema 2"):
-        Measurement.from_dict({**measured.to_dict(), "schema": 2})
+    with pytest.raises(ShortstackError, match="schema 3"):
+        Measurement.from_dict({**measured.to_dict(), "schema": 3})
+
+
+def test_a_record_of_schema_1_is_still_read(measured: Measurement) -> None:
+    data = measured.to_dict()
+    new = ("device_info", "kv_bytes_per_token", "energy", "energy_reason")
+    old = {k: v for k, v in data.items() if k not in new} | {"schema": 1}
+    counts = ("depth_tokens", "batch", "cooldown_s", "time_budget_s")
+    old["workload"] = {k: v for k, v in data["workload"].items() if k not in counts}
+    fields = ("load_kind", "warmup", "device_before", "device_after")
+    old["trials"] = [{k: v for k, v in t.items() if k not in fields} for t in data["trials"]]
+    assert Measurement.from_dict(old, measured.artifact.path.parent) == measured
 
 
 @pytest.mark.parametrize("missing", ["trials", "artifact", "workload", "label"])
@@ -83,17 +95,3 @@ def test_a_damaged_record_is_refused_in_one_line(measured: Measurement, missing:
 def test_an_unknown_field_is_refused(measured: Measurement) -> None:
     with pytest.raises(ShortstackError, match="damaged"):
         Measurement.from_dict({**measured.to_dict(), "colour": "red"})
-
-
-def test_flags_say_what_a_reader_must_know(measured: Measurement) -> None:
-    noisy = dataclasses.replace(measured, trials=(a_trial(), a_trial(0.03, 1)))
-    assert any("noisy" in flag for flag in noisy.flags)
-    busy = dataclasses.replace(measured, trials=(a_trial(), a_trial(0.02, 1, foreign=0.4)))
-    assert any("40 %" in flag for flag in busy.flags)
-    other = dataclasses.replace(a_trial(0.02, 1), output_sha256="d" * 64)
-    unsteady = dataclasses.replace(measured, trials=(a_trial(), other))
-    assert any("unsteady" in flag for flag in unsteady.flags)
-    broken = dataclasses.replace(
-        measured, trials=(a_trial(),), failure=Failure("timeout", "hung", "run")
-    )
-    assert any("only 1 of 2" in flag for flag in broken.flags)

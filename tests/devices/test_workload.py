@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -21,6 +22,11 @@ from shortstack.errors import ShortstackError
         {"memory_repeats": -1},
         {"repeats": 2.5},
         {"threads": True},
+        {"depth_tokens": -1},
+        {"batch": 0},
+        {"cooldown_s": -1.0},
+        {"cooldown_s": float("nan")},
+        {"time_budget_s": "long"},
     ],
 )
 def test_a_wrong_number_is_refused_by_name(wrong: dict[str, Any]) -> None:
@@ -33,7 +39,9 @@ def test_threads_default_to_the_cores_we_may_use() -> None:
 
 
 def test_the_context_holds_prompt_first_token_and_decoded_ones() -> None:
-    assert Workload(prompt_tokens=100, decode_tokens=20, threads=1).context_tokens == 121
+    short = Workload(prompt_tokens=100, decode_tokens=20, warmup_decode_tokens=8, threads=1)
+    assert short.context_tokens == 121
+    assert dataclasses.replace(short, depth_tokens=30).context_tokens == 151
     long_warmup = Workload(prompt_tokens=100, decode_tokens=2, warmup_decode_tokens=50, threads=1)
     assert long_warmup.context_tokens == 151
 

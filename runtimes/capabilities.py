@@ -1,0 +1,99 @@
+"""What each runtime offers beyond one sequence on the CPU, and the refusal of what it does not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from shortstack.errors import ShortstackError, unknown
+
+DEVICE = re.compile(r"(cpu)|(cuda|metal|vulkan|rocm):(\d+)")
+SWITCH = ("auto", "on", "off")
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One row of the table. The first value of an option is its default."""
+
+    devices: tuple[str, ...]
+    """Kinds: cpu, cuda, ..."""
+    batch: bool
+    """Whether it runs more than one sequence side by side."""
+    batch_at_depth: bool = True
+    """Whether a batch takes prompts behind a cache that holds something."""
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Name of an option -> the words it takes; `N` stands for a whole number."""
+
+
+CAPABILITIES: Mapping[str, Capability] = {
+    "llama.cpp": Capability(
+        devices=("cpu", "cuda", "metal", "vulkan", "rocm"),
+        batch=True,
+        options={
+            "gpu_layers": ("all", "N"),
+            "flash_attention": SWITCH,
+            "kv_type": ("f16", "f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+        },
+    ),
+    "onnxruntime": Capability(devices=("cpu", "cuda"), batch=True, batch_at_depth=False),
+    "onnxruntime-genai": Capability(devices=("cpu", "cuda"), batch=False),
+    "pytorch": Capability(
+        devices=("cpu", "cuda"),
+        batch=True,
+        options={"dtype": ("float32", "bfloat16", "float16")},
+    ),
+}
+"""CUDA rows were written without a card at hand: they are untested."""
+
+
+def device_kind(device: str) -> tuple[str, int]:
+    """(kind, number) of an id such as `cpu` or `cuda:1`; `cuda` is its first.
+
+    Raises ShortstackError for what is no device id.
+    """
+    found = DEVICE.fullmatch(device if ":" in device or device == "cpu" else f"{device}:0")
+    if found is None:
+        raise ShortstackError(
+            f"{device!r} is no device. Name cpu, cuda:0, ...; shortstack doctor lists them."
+        )
+    return (found[1], 0) if found[1] else (found[2], int(found[3]))
+
+
+def check(runtime: str, device: str, batch: int, options: Mapping[str, str]) -> None:
+    """Raise ShortstackError, before anything is opened, for what `runtime` cannot do."""
+    offered = CAPABILITIES[runtime]
+    kind, _ = device_kind(device)
+    if kind not in offered.devices:
+        raise ShortstackError(
+            f"{runtime} does not run on {kind}. It runs on: {', '.join(offered.devices)}."
+        )
+    if batch > 1 and not offered.batch:
+        able = ", ".join(name for name, row in CAPABILITIES.items() if row.batch)
+        raise ShortstackError(
+            f"{runtime} runs one sequence at a time, a batch of {batch} is asked for. "
+            f"Runtimes with batches: {able}."
+        )
+    for name, value in options.items():
+        _check_option(runtime, offered, name, value)
+
+
+def _check_option(runtime: str, offered: Capability, name: str, value: str) -> None:
+    if name not in offered.options:
+        if not offered.options:
+            raise ShortstackError(f"{runtime} has no options, {name!r} is given. Leave it out.")
+        raise unknown(f"option of {runtime}", name, offered.options)
+    words = offered.options[name]
+    if value not in words and not ("N" in words and value.isdigit()):
+        raise ShortstackError(
+            f"{runtime}: {name} is {value!r}, it must be one of: {', '.join(words)}."
+        )
+
+
+def check_batch_at_depth(runtime: str) -> None:
+    """Raise ShortstackError where a batch takes no prompt behind a filled cache."""
+    if not CAPABILITIES[runtime].batch_at_depth:
+        raise ShortstackError(
+            f"{runtime} takes no batch of prompts behind a filled cache. "
+            "Ask for batch 1 or depth 0."
+        )

@@ -1,0 +1,155 @@
+"""What `bench` measures: an artifact we made, or a model file or folder of anybody's."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+from shortstack.artifact import Artifact, ExportSpec
+from shortstack.checkpoint import Checkpoint, hash_digests, hash_file, hash_files
+from shortstack.commands import open_artifact
+from shortstack.devices.fit import DTYPE_BYTES
+from shortstack.errors import ShortstackError, require
+from shortstack.families import context_tokens
+from shortstack.gguf_header import GGML_TYPES, GgufHeader, read_header
+from shortstack.intake import resolve
+from shortstack.manifest import read_manifest
+
+CHECKPOINT = "checkpoint"
+FOREIGN = "not made by shortstack: its checkpoint is not known"
+EMBEDDING = "embed_tokens.weight"
+
+
+def benchable(reference: str, dtype: str = "float32") -> Artifact:
+    """Find out what a reference names: folder, .gguf file, or `pkg:PACKAGE/PATH`.
+
+    `dtype`: what a Hugging Face folder is computed in. Raises ShortstackError where there is no
+    model, and for an artifact of ours that was changed.
+    """
+    kind, target = resolve(reference)
+    if kind == "hub":
+        raise ShortstackError(
+            f"{reference} is to be downloaded first. Download it with: hf download {target}, then "
+            "name its folder."
+        )
+    place = Path(target)
+    if place.is_file():
+        beside = (read_manifest(place.parent) or {}).get("artifact")
+        ours = isinstance(beside, dict) and beside.get("path") == place.name
+        return open_artifact(place.parent) if ours else _gguf(place)
+    if "artifact" in (read_manifest(place) or {}):
+        return open_artifact(place)
+    if (place / "model.onnx").is_file():
+        return _onnx(place)
+    if (place / "config.json").is_file():
+        return _checkpoint(place, dtype)
+    inside = sorted(place.glob("*.gguf"))
+    if len(inside) == 1:
+        return _gguf(inside[0])
+    raise ShortstackError(
+        f"{place} is no model: neither a Hugging Face folder, a .gguf file, a folder with "
+        "model.onnx, nor the folder of an export. Mend the path."
+    )
+
+
+def longest_context(artifact: Artifact) -> int | None:
+    """How many tokens the model was made for; None where it does not say."""
+    path = artifact.path
+    if artifact.format == "gguf":
+        header = read_header(path)
+        return header.integer(f"{header.text('general.architecture')}.context_length") or None
+    genai, config = path / "genai_config.json", path / "config.json"
+    if artifact.format == "onnx" and genai.is_file():
+        length = json.loads(genai.read_text(encoding="utf-8"))["model"].get("context_length")
+        return None if length is None else int(length)
+    if not config.is_file():
+        return None
+    given = json.loads(config.read_text(encoding="utf-8"))
+    return context_tokens(given, windowed=artifact.format == CHECKPOINT)
+
+
+def _checkpoint(place: Path, dtype: str) -> Artifact:
+    """A folder is read into memory as `dtype`, so that is what a token reads."""
+    checkpoint = Checkpoint.open(place)
+    read = checkpoint.n_params
+    if not checkpoint.tied:
+        tables = [t for name, t in checkpoint.tensors.items() if name.endswith(EMBEDDING)]
+        read -= sum(math.prod(table.shape) for table in tables)
+    return Artifact(
+        path=place,
+        spec=ExportSpec(CHECKPOINT, dtype),
+        n_layers=checkpoint.n_layers,
+        n_params=checkpoint.n_params,
+        size_bytes=checkpoint.n_bytes,
+        weight_bytes_per_token=read * DTYPE_BYTES[dtype],
+        sha256=checkpoint.sha256,
+        source_sha256=checkpoint.sha256,
+    )
+
+
+def _gguf(file: Path) -> Artifact:
+    header = read_header(file)
+    arch = header.text("general.architecture")
+    sha256 = hash_digests([(file.name, hash_file(file))])
+    return Artifact(
+        path=file,
+        spec=ExportSpec("gguf", _precision(header)),
+        n_layers=header.integer(f"{arch}.block_count"),
+        n_params=sum(math.prod(tensor.dims) for tensor in header.tensors),
+        size_bytes=header.n_bytes,
+        weight_bytes_per_token=_gguf_bytes_per_token(header, arch),
+        sha256=sha256,
+        source_sha256=sha256,
+        notes=(FOREIGN,),
+    )
+
+
+def _gguf_bytes_per_token(header: GgufHeader, arch: str) -> int:
+    """Every tensor; the token table only where it is also the head; of experts those in use."""
+    untied = any(tensor.name == "output.weight" for tensor in header.tensors)
+    experts = header.integer(f"{arch}.expert_count")
+    used = header.integer(f"{arch}.expert_used_count") / experts if experts else 1.0
+    total = 0.0
+    for tensor in header.tensors:
+        if not (untied and tensor.name == "token_embd.weight"):
+            total += tensor.n_bytes * (used if "_exps" in tensor.name else 1.0)
+    return round(total)
+
+
+def _precision(header: GgufHeader) -> str:
+    """The name of its file type; where that says nothing, the type that most bytes have."""
+    from shortstack.export.gguf_types import PRECISIONS
+
+    told = header.value("general.file_type")
+    named = [name for name, row in PRECISIONS.items() if row.file_type == told]
+    if told is not None and named:
+        return named[0]
+    sizes: Counter[str] = Counter()
+    for tensor in header.tensors:
+        sizes[GGML_TYPES[tensor.kind].name] += tensor.n_bytes
+    return sizes.most_common(1)[0][0]
+
+
+def _onnx(place: Path) -> Artifact:
+    """A graph of another tool; what it is quantized to shows in its operators."""
+    require(("onnx_ir",), "onnx", "reading an ONNX graph")
+    from shortstack.bench_onnx import graph_facts
+    from shortstack.export.onnx_graph import bytes_per_token
+
+    model = place / "model.onnx"
+    files = sorted(p.name for p in place.glob("*.onnx*") if p.is_file())
+    config = [name for name in ("genai_config.json",) if (place / name).is_file()]
+    facts = graph_facts(model)
+    return Artifact(
+        path=place,
+        spec=ExportSpec("onnx", facts.precision),
+        n_layers=facts.n_layers,
+        n_params=facts.n_params,
+        size_bytes=sum((place / name).stat().st_size for name in files),
+        weight_bytes_per_token=bytes_per_token(model),
+        sha256=hash_files(place, [*files, *config]),
+        source_sha256=hash_files(place, files),
+        notes=(FOREIGN,),
+    )
