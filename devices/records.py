@@ -171,7 +171,7 @@ def _of_bench(file: Path, bench: BenchRecord) -> Record:
         command=bench.command,
         host=bench.host,
         measurements=tuple(bench.measurements),
-        ceilings=bench.ceilings,
+        ceilings={device: found.model_dump() for device, found in bench.ceilings.items()},
     )
 
 

@@ -29,6 +29,7 @@ from shortstack.devices.report.merged.words import warnings
 from shortstack.devices.report.merged.write import to_html, to_markdown
 from shortstack.devices.stats import Interval
 from shortstack.errors import ShortstackError
+from shortstack.roofline_report import shares
 
 from .bench_sample import (
     CARD,
@@ -502,7 +503,14 @@ def hostile(words: str) -> Json:
     record |= {"command": words, "tool_version": words, "started_at": words}
     record["host"] |= {"os": words, "kernel": words, "container": words, "machine": words}
     record["host"]["cpu"] |= {"model": words, "isa": [words]}
-    record["ceilings"] = {words: {"matmul_flops_per_s": {words: 1.0}}}
+    record["ceilings"] = {
+        words: {
+            "read_bytes_per_s": 1.0,
+            "matmul_flops_per_s": {words: 1.0},
+            "method": words,
+            "samples": {words: words},
+        }
+    }
     m |= {"label": words, "runtime": words, "prompt_source": words, "flags": [words]}
     m |= {"device": words, "energy_reason": words, "prompt_sha256": words}
     m["device_info"] = {"name": words, "driver": words, "vram_bytes": 10**10}
@@ -527,6 +535,7 @@ def test_hostile_words_are_escaped_everywhere(load: Load, words: str) -> None:
     merged = merge(
         load(hostile(words), server_run()),
         projected=[guess(words, 1.0, ())],
+        share_of=shares,
     )
     page = Page(to_html(merged))
     tags = [tag for tag, _ in page.tags]
