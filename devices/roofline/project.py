@@ -161,13 +161,13 @@ def project_all(
     runs: Sequence[Run], context_tokens: int | None = None
 ) -> tuple[list[Projection], list[str]]:
     """Every measured model on every catalogue device of the kinds that its records speak for, and
-    why records were left out. A device that was measured itself is not projected."""
+    why records were left out. A device that a fit rests on is not projected by it."""
     made, refused = points(runs)
     projections = []
     for group, members in groups(made).items():
         fitted = fit(members)
-        seen = {p.catalogue_id for p in members}
-        targets = {p.model: target(p.source, context_tokens) for p in members}
+        seen = {p.catalogue_id for p in fitted.points}
+        targets = {p.model: target(p.source, context_tokens) for p in fitted.points}
         for device in catalogue().values():
             if device.kind in ACCEPTS[group.kind] and device.id not in seen:
                 projections += [project(device, wanted, fitted) for wanted in targets.values()]

@@ -170,6 +170,14 @@ def test_a_record_of_another_basis_is_left_out_and_named() -> None:
     assert "original gguf-f16, llama.cpp, cuda:0 is left out" in fitted.notes[0]
 
 
+def test_a_model_that_no_fit_holds_is_not_projected() -> None:
+    known = a_record(step_s=0.01, label="one", name="NVIDIA L4")
+    odd = a_record(step_s=0.01, name="A card of tomorrow", label="other")
+    found, _ = project_all([a_run(known), a_run(odd, read=500 * GB)])
+    assert {p.target.label for p in found} == {"other"}
+    assert "l4" in {p.device.id for p in found}
+
+
 def test_far_from_what_was_measured_is_called_extrapolated() -> None:
     fitted = fit(points([on_one_card()])[0])
     near, far = find("h100-sxm"), find("l4")
