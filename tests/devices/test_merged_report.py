@@ -25,7 +25,7 @@ from shortstack.devices.report.merged.machine_table import machine_table
 from shortstack.devices.report.merged.matrix import rows
 from shortstack.devices.report.merged.pictures import figures
 from shortstack.devices.report.merged.table_csv import to_csv
-from shortstack.devices.report.merged.words import warnings
+from shortstack.devices.report.merged.words import lead, warnings
 from shortstack.devices.report.merged.write import to_html, to_markdown
 from shortstack.devices.stats import Interval
 from shortstack.errors import ShortstackError
@@ -379,6 +379,18 @@ def test_a_model_that_failed_says_so(load: Load) -> None:
     assert cells(merged, "original, GGUF") == ["failed"]
     text = " ".join(Page(to_html(merged)).words)
     assert "1 did not work" in text
+
+
+def test_a_model_that_failed_elsewhere_failed_and_is_not_called_unlike(load: Load) -> None:
+    def fail(m: Json) -> None:
+        why = {"kind": "error", "message": "it does not fit", "phase": "load"}
+        m |= {"trials": [], "memory": [], "runtime_info": {}, "failure": why}
+
+    merged = two_machines(load, fail)
+    assert cells(merged, "original")[1] == "failed"
+    lines = list(csv.DictReader(io.StringIO(to_csv(merged, rows(merged.cases)))))
+    assert {line["not_comparable"] for line in lines} == {""}
+    assert "not comparable" not in lead(merged, rows(merged.cases))
 
 
 def guess(words: str, low: float | None, fits: tuple[tuple[float, bool], ...]) -> Projected:
