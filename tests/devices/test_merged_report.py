@@ -335,6 +335,23 @@ def test_an_artifact_without_quality_is_not_judged(load: Load) -> None:
     assert len(left) == 2
 
 
+def test_a_peak_of_nothing_is_a_figure(load: Load) -> None:
+    cases = [measurement(n, 30, host=SERVER, device="cuda:0") for n in ("one", "two")]
+    cases[0]["memory"] = []
+    cases[1]["memory"][0]["device_memory"]["peak_device_bytes"] = 0
+    front = fronts(merge(load(bench(cases, host=SERVER))))[0]
+    assert front.judged_by == ("decode speed", "peak memory")
+    assert [p.left_out for p in front.points] == ["no memory figure", None]
+
+
+def test_what_is_not_judged_is_not_drawn(load: Load) -> None:
+    record = bench([measurement(f"cut{n}", n) for n in (30, 24, 18)])
+    record["measurements"][1]["prompt_sha256"] = "a" * 64
+    (drawn,) = figures([], fronts(merge(load(record))), None)
+    assert len(drawn.legend) == 2
+    assert "1 not judged: see the table." in drawn.note
+
+
 def test_more_accuracy_is_better(load: Load) -> None:
     record = bench([measurement("original", 30), measurement("cut24", 24, speed=0.5)])
     judged = evaluation(record["measurements"], [0.4, 0.6])
