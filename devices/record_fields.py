@@ -139,6 +139,7 @@ class MeasurementRecord(Checked):
     kv_bytes_per_token: Count | None = None
     energy: list[EnergyRecord] = []
     energy_reason: str | None = None
+    options: dict[str, str] = {}
 
 
 class ReadSamplesRecord(Checked, extra="allow"):

@@ -51,6 +51,7 @@ class DecodeFit:
     def to_dict(self) -> dict[str, Any]:
         return {
             **asdict(self.group),
+            "options": dict(self.group.options),
             **asdict(self.line),
             "bandwidth_basis": self.basis,
             "records": [p.record for p in self.points],
@@ -111,8 +112,8 @@ def fit(members: Sequence[Point]) -> DecodeFit:
     """Fit the records of one group. Raises ShortstackError for none, or for several groups."""
     if len({p.group for p in members}) != 1:
         raise ShortstackError(
-            f"a projection rests on records of one runtime, format and batch, these are of "
-            f"{len({p.group for p in members})}. Measure first, then project each apart."
+            f"a projection rests on records of one runtime, format, batch and options, these are "
+            f"of {len({p.group for p in members})}. Measure first, then project each apart."
         )
     basis = VENDOR if all(VENDOR in p.bandwidths for p in members) else MEASURED
     used = [p for p in members if basis in p.bandwidths]

@@ -55,10 +55,12 @@ def _shown(p: Projection) -> Projected:
             f"at most {100 * errors.largest:.0f} % on {p.fit.n_devices} devices, left out in turn"
         )
     count = len(p.fit.points)
+    prompt, decode, depth, batch = (work[name] for name in FIELDS)
+    shape = Shape(prompt, decode, depth, batch, p.fit.group.options)
     return Projected(
         artifact=f"{p.target.label}, {p.fit.group.spec}, {source['artifact']['n_layers']} layers",
         runtime=p.target.runtime,
-        work=f"{Shape(*(work[n] for n in FIELDS)).words}, context {p.target.context_tokens}",
+        work=f"{shape.words}, context {p.target.context_tokens}",
         device=p.device.name,
         decode_tokens_per_s=p.decode_tokens_per_s,
         low_tokens_per_s=p.low_tokens_per_s,

@@ -25,6 +25,7 @@ from shortstack.devices.report.merged.machine_table import machine_table
 from shortstack.devices.report.merged.matrix import rows
 from shortstack.devices.report.merged.pictures import figures
 from shortstack.devices.report.merged.table_csv import to_csv
+from shortstack.devices.report.merged.unlike import why_unlike
 from shortstack.devices.report.merged.words import lead, warnings
 from shortstack.devices.report.merged.write import to_html, to_markdown
 from shortstack.devices.stats import Interval
@@ -123,6 +124,10 @@ def test_one_file_under_two_labels_stands_in_one_row(load: Load) -> None:
             lambda m: m["runtime_info"].update(version="2.0"),
             "other runtime major (2 against 1)",
         ),
+        (
+            lambda m: m["runtime_info"].update(kv_cache="Q4_0"),
+            "other KV cache (Q4_0 against F16)",
+        ),
     ],
 )
 def test_an_unlike_cell_says_why(load: Load, change: Callable[[Json], Any], words: str) -> None:
@@ -181,6 +186,23 @@ def test_other_work_is_another_row(load: Load) -> None:
         "prompt 128, decode 16",
         "prompt 128, decode 16, depth 4096",
     ]
+
+
+def test_other_options_are_other_work(load: Load) -> None:
+    cases = [measurement("original", 30), measurement("cut24", 24)]
+    cases[1]["options"] = {"kv_type": "q4_0"}
+    merged = merge(load(bench(cases)))
+    assert [row.shape.words for row in rows(merged.cases)] == [
+        "prompt 128, decode 16",
+        "prompt 128, decode 16, kv_type q4_0",
+    ]
+    assert why_unlike(merged.cases[1], merged.cases[0], artifact=False) == [
+        "other option (kv_type q4_0 against not set)"
+    ]
+    assert gains(merged.measured) == []
+    assert fronts(merged) == []
+    lines = list(csv.DictReader(io.StringIO(to_csv(merged, rows(merged.cases)))))
+    assert [line["options"] for line in lines] == ["", "kv_type q4_0"]
 
 
 def test_machines_are_named_by_their_parts(both: Merged) -> None:
@@ -544,6 +566,7 @@ def hostile(words: str) -> Json:
     m |= {"device": words, "energy_reason": words, "prompt_sha256": words}
     m["device_info"] = {"name": words, "driver": words, "vram_bytes": 10**10}
     m["runtime_info"] |= {"version": words, "threads": words, "kv_cache": words}
+    m["options"] = {words: words}
     m["artifact"] |= {"path": words, "notes": [words], "sha256": words}
     m["artifact"]["spec"] = {"format": words, "precision": words, "options": {words: words}}
     m["memory"][0]["method"] = words

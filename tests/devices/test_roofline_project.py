@@ -154,6 +154,8 @@ def test_unlike_records_are_never_fitted_together() -> None:
     runs = [a_run(*(a_record(step_s=0.01, precision=p) for p in ("F16", "Q4_0")))]
     made = points(runs)[0]
     assert len(groups(made)) == 2
+    asked = {**a_record(step_s=0.02), "options": {"gpu_layers": "4"}}
+    assert len(groups(points([a_run(a_record(step_s=0.01), asked)])[0])) == 2
     with pytest.raises(ShortstackError, match="these are of 2"):
         fit(made)
     with pytest.raises(ShortstackError, match="these are of 0"):

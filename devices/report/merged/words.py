@@ -37,9 +37,10 @@ DEFINITIONS: Facts = [
     ),
     (
         "Not comparable",
-        "another artifact (its hash), workload, prompt (its hash), protocol, runtime or major "
-        "version of the runtime than most of the row has; the first two numbers of a version "
-        "count where it begins with 0. The figure itself is in the table of speeds.",
+        "another artifact (its hash), workload, prompt (its hash), protocol, option, type of KV "
+        "cache, runtime or major version of the runtime than most of the row has; the first two "
+        "numbers of a version count where it begins with 0. The figure itself is in the table of "
+        "speeds.",
     ),
     (
         "Machine",
