@@ -22,6 +22,12 @@ def test_shares_and_projections_come_from_the_records(tmp_path: Path) -> None:
     lines = text.partition("Projected, not measured")[2].partition("## Speed")[0]
     assert lines.count("Core i7-1260P") == 5
     assert lines.count("one device was measured") == 5
+    for note in (
+        "the projection is too high",
+        "the error across devices is unknown",
+        "the error of its memory is not known",
+    ):
+        assert lines.count(note) == 5
 
 
 def test_an_unknown_device_and_no_basis_are_refused(
@@ -52,3 +58,17 @@ def test_cards_whose_speeds_are_known_in_two_ways_are_projected(tmp_path: Path) 
     assert main([*asked, "-o", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "RTX 4090" in text
+
+
+def test_a_device_that_gets_no_row_is_refused_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    laptop = str(written(tmp_path / "a", laptop_run()))
+    card = str(written(tmp_path / "b", a_card("NVIDIA L4", "one", ceilings={})))
+    out = str(tmp_path / "out")
+    assert main(["report", laptop, "--project", LAPTOP, "--project", "l4", "-o", out]) == 2
+    told = "projected on l4: no record that can be its basis is of its kind (gpu). Leave"
+    assert told in capsys.readouterr().err
+    assert main(["report", card, "--project", "l4", "-o", out]) == 2
+    assert "projected on l4: it was measured itself" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
