@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from shortstack.devices.fit import DTYPE_BYTES
 from shortstack.devices.roofline.share import Record, batch, device_kind
 from shortstack.devices.stats import median
 from shortstack.errors import ShortstackError
@@ -27,6 +28,7 @@ class Target:
     runtime: str
     sha256: str
     size_bytes: int
+    """Of the weights as they are held while they run."""
     weight_bytes_per_token: int
     kv_bytes_per_token: int | None
     context_tokens: int
@@ -116,12 +118,20 @@ def target(record: Record, context_tokens: int | None = None) -> Target:
         label=record["label"],
         runtime=record["runtime"],
         sha256=artifact["sha256"],
-        size_bytes=artifact["size_bytes"],
+        size_bytes=weight_bytes(artifact),
         weight_bytes_per_token=artifact["weight_bytes_per_token"],
         kv_bytes_per_token=record.get("kv_bytes_per_token"),
         context_tokens=held_tokens(record) if context_tokens is None else context_tokens,
         batch=batch(record),
     )
+
+
+def weight_bytes(artifact: Mapping[str, Any]) -> int:
+    """Bytes that an artifact's weights take once loaded: those of the file, but a checkpoint is
+    converted to the type that it runs in, which its precision names."""
+    spec = artifact["spec"]
+    width = DTYPE_BYTES.get(spec["precision"]) if spec["format"] == "checkpoint" else None
+    return int(artifact["size_bytes"] if width is None else artifact["n_params"] * width)
 
 
 def held_tokens(record: Record) -> int:

@@ -117,3 +117,12 @@ def test_what_cannot_be_told_gives_the_reason() -> None:
     assert reasons == [None, "onnxruntime was never watched for memory on a device of this kind"]
     unknown = places([a_record(step_s=1, kv=None)])[0]
     assert unknown.reason == "the cache's bytes a token are unknown"
+
+
+def test_a_checkpoint_takes_what_it_is_loaded_as() -> None:
+    record = a_record(step_s=0.01, weights=13.4 * GB, runtime="pytorch", precision="float32")
+    assert target(record).size_bytes == round(13.4 * GB)
+    record["artifact"]["spec"]["format"] = "checkpoint"
+    assert target(record).size_bytes == 4 * 6_700_000_000
+    record["artifact"]["spec"]["precision"] = "bfloat16"
+    assert target(record).size_bytes == 2 * 6_700_000_000
