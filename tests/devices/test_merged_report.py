@@ -26,7 +26,7 @@ from shortstack.devices.report.merged.matrix import rows
 from shortstack.devices.report.merged.pictures import figures
 from shortstack.devices.report.merged.table_csv import to_csv
 from shortstack.devices.report.merged.unlike import why_unlike
-from shortstack.devices.report.merged.words import lead, warnings
+from shortstack.devices.report.merged.words import energy_words, lead, warnings
 from shortstack.devices.report.merged.write import to_html, to_markdown
 from shortstack.devices.stats import Interval
 from shortstack.errors import ShortstackError
@@ -497,6 +497,12 @@ def test_memory_and_energy_name_their_method(both: Merged) -> None:
     assert len(table.rows) == 3
     assert table.rows[0][6:9] == ("40.0", "30.0", "70.0")
     assert "no counter can be read" in to_markdown(both)
+
+
+def test_why_a_part_of_the_energy_is_missing_is_told(load: Load) -> None:
+    record = server_run()
+    record["measurements"][0]["energy_reason"] = "prefill: the counter stood still"
+    assert energy_words(merge(load(record))) == [("Example H9", "prefill: the counter stood still")]
 
 
 def test_cold_and_warm_loads_are_apart(load: Load) -> None:

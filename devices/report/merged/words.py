@@ -132,11 +132,13 @@ def quality_words(merged: Merged) -> str:
 
 
 def energy_words(merged: Merged) -> Facts:
-    """Why energy is missing, each reason once."""
+    """Why energy is missing, in whole or in part, each reason once."""
     reasons: dict[str, list[str]] = {}
     for case in merged.cases:
+        why = case.measurement.energy_reason
         if not case.measurement.energy:
-            why = case.measurement.energy_reason or "not measured by this run"
+            why = why or "not measured by this run"
+        if why:
             reasons.setdefault(why, []).append(case.place.name)
     return [(", ".join(dict.fromkeys(where)), why) for why, where in reasons.items()]
 
