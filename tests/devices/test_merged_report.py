@@ -244,6 +244,15 @@ def test_a_machine_after_an_update_is_the_same_machine(load: Load) -> None:
     assert str(cells(merged, "original, GGUF")[0]).count(";") == 1
 
 
+def test_a_laptop_measured_through_vulkan_is_the_same_machine(load: Load) -> None:
+    shown_by_llama = measurement("original", 30, device="vulkan:0")
+    shown_by_llama["device_info"] = {"id": "vulkan:0", "name": "Example graphics"}
+    merged = merge(load(laptop_run(), bench([shown_by_llama], run="vulkan")))
+    (machine,) = merged.machines
+    assert [id_ for id_, _ in machine.gpus] == ["vulkan:0"]
+    assert {c.place.name for c in merged.cases} == {"Example Core 7 CPU CPU", "Example graphics"}
+
+
 def test_other_threads_on_one_machine_are_other_work(load: Load) -> None:
     slow = measurement("original", 30, work=workload(threads=2))
     cases = [measurement("original", 30), measurement("original", 30, seed=2)]
