@@ -126,6 +126,7 @@ class MeasurementRecord(Checked):
     runtime_info: dict[str, Any]
     device: str
     device_info: dict[str, Any] = {}
+    options: dict[str, str] = {}
     artifact: ArtifactRecord
     workload: WorkloadRecord
     prompt_sha256: str
@@ -139,7 +140,6 @@ class MeasurementRecord(Checked):
     kv_bytes_per_token: Count | None = None
     energy: list[EnergyRecord] = []
     energy_reason: str | None = None
-    options: dict[str, str] = {}
 
 
 class ReadSamplesRecord(Checked, extra="allow"):
