@@ -543,6 +543,24 @@ def test_llama_bench_rows_have_its_fields_in_its_order(both: Merged) -> None:
     assert made[-1]["gpu_info"] == "Example H9"
 
 
+def test_llama_bench_rows_tell_what_the_runtime_said(load: Load) -> None:
+    record = bench([measurement("original", 30)])
+    told = {"n_gpu_layers": 31, "n_batch": 512, "n_ubatch": 256, "mmap": True, "backend": "Vulkan"}
+    record["measurements"][0]["runtime_info"] |= {**told, "kv_cache": "Q8_0"}
+    row = llama_bench_rows(merge(load(record)).cases)[0]
+    assert row.items() >= {"n_gpu_layers": 31, "n_batch": 512, "n_ubatch": 256}.items()
+    assert row.items() >= {"use_mmap": True, "backends": "Vulkan"}.items()
+    assert (row["type_k"], row["type_v"]) == ("q8_0", "q8_0")
+
+
+def test_llama_bench_rows_say_no_only_where_that_is_known(both: Merged) -> None:
+    laptop, *_, server = llama_bench_rows(both.cases)
+    assert (laptop["n_gpu_layers"], server["n_gpu_layers"]) == (0, -1)
+    assert laptop["use_mmap"] == ""
+    assert laptop["flash_attn"] == -1
+    assert laptop["type_k"] == "f16"
+
+
 def test_a_batch_has_no_place_in_llama_bench(load: Load) -> None:
     cases = [measurement("original", 30, work=workload(batch=8)), measurement("cut24", 24)]
     merged = merge(load(bench(cases)))
