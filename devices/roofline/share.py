@@ -102,7 +102,9 @@ def decode_share(record: Record, ceilings: Mapping[str, Any]) -> Share:
         return Share(None, None, None, "bytes", missing)
     notes = _ceiling_notes(record, own)
     if record.get("kv_bytes_per_token") is None:
-        notes.append("the cache's bytes are unknown: only weights are counted, the share is higher")
+        notes.append(
+            "only weights are counted, the cache's bytes are unknown, so the true share is higher"
+        )
     achieved = [rate * step_bytes(record) for rate in rates]
     share = _over(achieved, float(own["read_bytes_per_s"]), "bytes", notes)
     if share.share is not None and share.share.estimate > 1:
@@ -137,7 +139,9 @@ def prefill_share(
     params = matrix_params
     if params is None:
         params = float(record["artifact"]["n_params"])
-        notes.append("all parameters are counted, the embedding table too: the share is lower")
+        notes.append(
+            "all parameters are counted, the embedding table too, so the true share is lower"
+        )
     work = 2 * params * record["workload"]["prompt_tokens"] * batch(record)
     share = _over([work / s for s in seconds], float(measured[wanted]), wanted, notes)
     if share.share is not None and share.share.estimate > 1:
