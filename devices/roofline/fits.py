@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -159,21 +159,3 @@ def overhead_bytes(record: Record) -> float | None:
     if peak is None or own.cache_bytes is None:
         return None
     return peak - own.size_bytes - own.cache_bytes
-
-
-def machine(record: Record) -> tuple[str, int, str] | None:
-    """The device that a record was made on: name, memory in bytes, kind; None where its memory is
-    not known. A container's limit counts where it is below the machine's memory."""
-    device, info = record.get("device", "cpu"), record.get("device_info", {})
-    kind = device_kind(device)
-    host: Mapping[str, Any] = record["host"]
-    if kind == "gpu":
-        have = info.get("vram_bytes")
-        return (info.get("name") or device, int(have), kind) if have else None
-    limits: Sequence[int | None] = (
-        host.get("ram_bytes"),
-        (host.get("cgroup") or {}).get("memory_bytes"),
-    )
-    known = [limit for limit in limits if limit]
-    name = (host.get("cpu") or {}).get("model") or device
-    return (name, min(known), kind) if known else None

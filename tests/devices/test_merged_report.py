@@ -20,6 +20,7 @@ from shortstack.devices.report.merged import tables as shown
 from shortstack.devices.report.merged.depth import depth_lines, straight_line
 from shortstack.devices.report.merged.front import dominates, fronts
 from shortstack.devices.report.merged.gain import gains
+from shortstack.devices.report.merged.held import would_hold
 from shortstack.devices.report.merged.llama_bench import llama_bench_rows
 from shortstack.devices.report.merged.machine_table import machine_table
 from shortstack.devices.report.merged.matrix import rows
@@ -413,6 +414,19 @@ def test_which_machine_runs_what_tells_the_share_of_memory(both: Merged) -> None
     line = next(r for r in table.rows if r[0].startswith("original, GGUF") and "H9" in r[2])
     assert line[4] == "yes, in under 1 % of its memory"
     assert line[-1].replace("\N{NARROW NO-BREAK SPACE}", "") == "141000"
+
+
+def test_what_was_not_run_on_a_machine_is_computed_for_it_and_marked(load: Load) -> None:
+    small = {**SERVER, "ram_bytes": 4_000_000_000, "devices": SERVER["devices"][:1]}
+    large = measurement("large", 3000)
+    other = bench([measurement("small", 30, host=small)], run="2", host=small)
+    merged = merge(load(bench([large]), other))
+    table = would_hold(merged.cases)
+    told = {(row[0].partition(",")[0], row[2]): row[4] for row in table.rows}
+    assert told == {("large", "Example Server 99"): "no", ("small", "Example Core 7 CPU"): "yes"}
+    assert table.caption.startswith("Projected, not measured")
+    assert table.caption in to_html(merged)
+    assert would_hold(merge(load(bench([large]))).cases).rows == ()
 
 
 def test_a_model_that_failed_says_so(load: Load) -> None:
