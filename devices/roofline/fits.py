@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from shortstack.devices.fit import DTYPE_BYTES
@@ -90,10 +90,6 @@ class Fit:
     @property
     def fits(self) -> bool:
         return self.spare_bytes >= 0
-
-    def to_dict(self) -> dict[str, Any]:
-        more = {"usable_bytes": self.usable_bytes, "spare_bytes": self.spare_bytes}
-        return {**asdict(self), **more, "fits": self.fits}
 
 
 def fits(need_bytes: int, have_bytes: int, kind: str) -> Fit:

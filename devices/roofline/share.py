@@ -7,7 +7,7 @@ with what it may mean.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from shortstack.devices.stats import Interval, median_interval
@@ -52,9 +52,6 @@ class Share:
     """`bytes` for decode, else the operations' type: `int8`, `float32`, ..."""
     reason: str | None = None
     notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "notes": list(self.notes)}
 
 
 def context_tokens(record: Record) -> float:

@@ -68,6 +68,7 @@ def _no_row(device: Device, found: Sequence[Projection], refused: Sequence[str])
 def _shown(p: Projection) -> Projected:
     source = next(point.source for point in p.fit.points if point.model == p.target.sha256)
     errors, work = p.fit.across_devices, source["workload"]
+    bandwidth = p.device.bandwidth_bytes_per_s
     error = "not known: one device was measured"
     if errors is not None:
         error = (
@@ -86,12 +87,23 @@ def _shown(p: Projection) -> Projected:
         high_tokens_per_s=p.high_tokens_per_s,
         error=error,
         need_bytes=None if p.need is None else p.need.total_bytes,
-        fits=tuple((f["have_bytes"], f["fits"]) for f in p.fits() or ()),
+        fits=tuple((fit.have_bytes, fit.fits) for fit in p.fits() or ()),
         basis=f"{count} {'record' if count == 1 else 'records'} of {p.fit.group.spec} in "
         f"{p.fit.group.runtime}, bandwidth: {p.fit.basis}; efficiency "
-        f"{number(p.fit.line.efficiency)}",
-        notes=(*p.notes, *p.fit.notes, _memory_error(p)),
+        f"{number(p.fit.line.efficiency)} of {number(bandwidth.value / 1e9)} GB/s "
+        f"({bandwidth.source})",
+        notes=(*p.notes, *p.fit.notes, *_model_error(p), _memory_error(p)),
     )
+
+
+def _model_error(p: Projection) -> list[str]:
+    """How far off one model is by the others. On another device it may be more."""
+    errors = p.fit.across_models
+    if errors is None:
+        return []
+    return [
+        f"models left out in turn, on the same devices: off by at most {100 * errors.largest:.0f} %"
+    ]
 
 
 def _memory_error(p: Projection) -> str:

@@ -20,12 +20,14 @@ def test_shares_and_projections_come_from_the_records(tmp_path: Path) -> None:
     text = (out / "report.md").read_text(encoding="utf-8")
     assert "Share of what the device allows" in text
     lines = text.partition("Projected, not measured")[2].partition("## Speed")[0]
-    assert lines.count("Core i7-1260P") == 5
+    assert lines.count("| Core i7-1260P") == 5
     assert lines.count("one device was measured") == 5
+    assert lines.count("83.2 GB/s (Intel, ") == 5
     for note in (
         "the projection is too high",
         "the error across devices is unknown",
         "the error of its memory is not known",
+        "models left out in turn, on the same devices: off by at most",
     ):
         assert lines.count(note) == 5
 

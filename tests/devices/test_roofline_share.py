@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -46,7 +45,7 @@ def test_the_share_of_decode_is_bytes_a_second_over_bandwidth() -> None:
     assert share.achieved_per_s.estimate == pytest.approx(3000 * GB)
     assert (share.ceiling_per_s, share.unit, share.reason) == (4000 * GB, "bytes", None)
     assert share.notes == ()
-    assert json.loads(json.dumps(share.to_dict()))["share"]["n"] == 3
+    assert share.share.n == 3
 
 
 def test_the_interval_of_the_trials_is_carried_to_the_share() -> None:
