@@ -124,14 +124,18 @@ def project(device: Device, wanted: Target, fitted: DecodeFit) -> Projection:
 def project_all(
     runs: Sequence[Run], context_tokens: int | None = None
 ) -> tuple[list[Projection], list[str]]:
-    """Every measured model on every catalogue device of the kinds that its records speak for, and
-    why records were left out. A device that a fit rests on is not projected by it."""
+    """Every measured model, at every context it was measured with (else at `context_tokens`), on
+    every catalogue device of the kinds that its records speak for, and why records were left out.
+
+    A device that a fit rests on is not projected by it.
+    """
     made, refused = points(runs)
     projections = []
     for group, members in groups(made).items():
         fitted = fit(members)
         seen = {p.catalogue_id for p in fitted.points}
-        targets = {p.model: target(p.source, context_tokens) for p in fitted.points}
+        wished = [target(p.source, context_tokens) for p in fitted.points]
+        targets = {(t.sha256, t.context_tokens): t for t in wished}
         for device in catalogue().values():
             if device.kind in ACCEPTS[group.kind] and device.id not in seen:
                 projections += [project(device, wanted, fitted) for wanted in targets.values()]

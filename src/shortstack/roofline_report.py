@@ -8,7 +8,6 @@ from typing import Any
 from shortstack.devices.records import Record
 from shortstack.devices.report.charts import number
 from shortstack.devices.report.merged import Projected
-from shortstack.devices.report.merged.cases import Shape
 from shortstack.devices.roofline.catalogue import Device, catalogue, find
 from shortstack.devices.roofline.project import (
     ACCEPTS,
@@ -67,7 +66,7 @@ def _no_row(device: Device, found: Sequence[Projection], refused: Sequence[str])
 
 def _shown(p: Projection) -> Projected:
     source = next(point.source for point in p.fit.points if point.model == p.target.sha256)
-    errors, work = p.fit.across_devices, source["workload"]
+    errors = p.fit.across_devices
     bandwidth = p.device.bandwidth_bytes_per_s
     error = "not known: one device was measured"
     if errors is not None:
@@ -75,12 +74,13 @@ def _shown(p: Projection) -> Projected:
             f"at most {100 * errors.largest:.0f} % on {p.fit.n_devices} devices, left out in turn"
         )
     count = len(p.fit.points)
-    prompt, decode, depth, batch = (work[name] for name in FIELDS)
-    shape = Shape(prompt, decode, depth, batch, p.fit.group.options)
+    work = [f"context {p.target.context_tokens}"]
+    work += [f"batch {p.target.batch}"] if p.target.batch > 1 else []
+    work += [f"{name} {value}" for name, value in p.fit.group.options]
     return Projected(
         artifact=f"{p.target.label}, {p.fit.group.spec}, {source['artifact']['n_layers']} layers",
         runtime=p.target.runtime,
-        work=f"{shape.words}, context {p.target.context_tokens}",
+        work=", ".join(work),
         device=p.device.name,
         decode_tokens_per_s=p.decode_tokens_per_s,
         low_tokens_per_s=p.low_tokens_per_s,
@@ -114,6 +114,3 @@ def _memory_error(p: Projection) -> str:
     if errors is None:
         return "the error of its memory is not known: it was measured on one device"
     return f"its memory is off by at most {100 * errors.largest:.0f} % on devices left out in turn"
-
-
-FIELDS = ("prompt_tokens", "decode_tokens", "depth_tokens", "batch")

@@ -177,6 +177,13 @@ def test_a_model_that_no_fit_holds_is_not_projected() -> None:
     assert "l4" in {p.device.id for p in found}
 
 
+def test_a_model_is_projected_at_every_context_it_was_measured_with() -> None:
+    run = a_run(a_record(step_s=0.01), a_record(step_s=0.02, depth_tokens=4096))
+    found, _ = project_all([run])
+    here = [p.target.context_tokens for p in found if p.device.id == "l4"]
+    assert here == [641, 4096 + 641]
+
+
 def test_far_from_what_was_measured_is_called_extrapolated() -> None:
     fitted = fit(points([on_one_card()])[0])
     near, far = find("h100-sxm"), find("l4")
