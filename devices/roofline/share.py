@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shortstack.devices.flags import BUSY_SHARE
 from shortstack.devices.stats import Interval, median_interval
 
 Record = Mapping[str, Any]
-BUSY_SHARE = 0.10
-"""From so much foreign CPU time on, a ceiling counts as measured on a busy machine."""
 
 COMPUTED_IN = {
     ("cpu", "llama.cpp", "quantized"): "int8",
