@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shortstack.devices.roofline.fits import (
+from shortstack.devices.roofline.room import (
     Fit,
     Target,
     fits,

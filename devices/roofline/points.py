@@ -8,7 +8,7 @@ from typing import Any
 
 from shortstack.artifact import ExportSpec
 from shortstack.devices.roofline.catalogue import recognise
-from shortstack.devices.roofline.fits import overhead_bytes, peak_bytes
+from shortstack.devices.roofline.room import overhead_bytes, peak_bytes
 from shortstack.devices.roofline.share import (
     Record,
     batch,

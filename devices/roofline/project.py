@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shortstack.devices.roofline.catalogue import Device, catalogue
-from shortstack.devices.roofline.fit import Errors, Line, fit_line, leave_one_out
-from shortstack.devices.roofline.fits import Fit, Need, Target, fits, need, target
+from shortstack.devices.roofline.least_squares import Errors, Line, fit_line, leave_one_out
 from shortstack.devices.roofline.points import (
     MEASURED,
     VENDOR,
@@ -22,6 +21,7 @@ from shortstack.devices.roofline.points import (
     groups,
     points,
 )
+from shortstack.devices.roofline.room import Fit, Need, Target, fits, need, target
 from shortstack.devices.stats import median
 from shortstack.errors import ShortstackError
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from shortstack.devices.roofline.catalogue import catalogue, find, recognise
-from shortstack.devices.roofline.fits import Target, target
 from shortstack.devices.roofline.points import MEASURED, VENDOR, groups, points
 from shortstack.devices.roofline.project import fit, memory_errors, project, project_all
+from shortstack.devices.roofline.room import Target, target
 from shortstack.errors import ShortstackError
 
 from .roofline_sample import GB, H200_BANDWIDTH, a_record, a_run, obeying

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from shortstack.devices.roofline.fits import (
+from shortstack.devices.roofline.places import Seat, places
+from shortstack.devices.roofline.room import (
     GIB,
     Target,
     fits,
@@ -12,7 +13,6 @@ from shortstack.devices.roofline.fits import (
     overhead_bytes,
     target,
 )
-from shortstack.devices.roofline.places import Seat, places
 from shortstack.errors import ShortstackError
 
 from .roofline_sample import GB, a_record
