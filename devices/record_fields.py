@@ -18,6 +18,8 @@ Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Seconds = Annotated[float, Field(ge=1e-9, le=1e9)]
 """A time that was measured: no clock tells less than a nanosecond."""
+Rate = Annotated[float, Field(ge=1, le=1e24)]
+"""Bytes or operations a second that were measured."""
 
 
 class Checked(BaseModel):
@@ -124,6 +126,7 @@ class MeasurementRecord(Checked):
     runtime_info: dict[str, Any]
     device: str
     device_info: dict[str, Any] = {}
+    options: dict[str, str] = {}
     artifact: ArtifactRecord
     workload: WorkloadRecord
     prompt_sha256: str
@@ -139,6 +142,26 @@ class MeasurementRecord(Checked):
     energy_reason: str | None = None
 
 
+class ReadSamplesRecord(Checked, extra="allow"):
+    cache_bytes: Count | None = None
+
+
+class CeilingSamplesRecord(Checked, extra="allow"):
+    read: ReadSamplesRecord = ReadSamplesRecord()
+    foreign_cpu_share: float | None = Field(None, ge=0, le=1)
+
+
+class CeilingRecord(Checked, extra="allow"):
+    """What shares and projections divide by."""
+
+    read_bytes_per_s: Rate
+    matmul_flops_per_s: dict[str, Rate]
+    threads: Positive | None = None
+    method: str = ""
+    samples: CeilingSamplesRecord = CeilingSamplesRecord()
+    measured_in_s: float = Field(0, ge=0)
+
+
 class BenchRecord(Checked):
     """The whole of bench.json."""
 
@@ -151,7 +174,7 @@ class BenchRecord(Checked):
     command: str
     seed: int
     host: dict[str, Any]
-    ceilings: dict[str, dict[str, Any]]
+    ceilings: dict[str, CeilingRecord]
     protocol: dict[str, Any]
     measurements: list[MeasurementRecord]
 

@@ -31,7 +31,6 @@ class Proof:
     perplexity: float
     text: str
     """Which text: a hash, or what it was called. Perplexities of two texts are no pair."""
-    n_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def _of_bench(file: Path, bench: BenchRecord) -> Record:
         command=bench.command,
         host=bench.host,
         measurements=tuple(bench.measurements),
-        ceilings=bench.ceilings,
+        ceilings={device: found.model_dump() for device, found in bench.ceilings.items()},
     )
 
 
@@ -186,7 +185,7 @@ def _of_run(file: Path, data: Mapping[str, Any], run_id: str) -> Record:
         perplexity = (entry.verification or {}).get("perplexity")
         if entry.measurement is not None and isinstance(perplexity, int | float):
             key = entry.measurement.artifact.sha256, entry.runtime
-            proofs[key] = Proof(float(perplexity), text, quality.get("n_tokens"))
+            proofs[key] = Proof(float(perplexity), text)
     return Record(
         run_id=run_id,
         file=file,

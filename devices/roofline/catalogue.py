@@ -27,11 +27,6 @@ class Figure:
     note: str | None = None
     """How it follows from the vendor's figures, where it is not one itself."""
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"value": self.value, "source": f"vendor specification: {self.source}"} | (
-            {"note": self.note} if self.note else {}
-        )
-
 
 @dataclass(frozen=True)
 class Device:

@@ -32,7 +32,8 @@ def measure(
     if budget_s <= 0:
         raise ShortstackError(f"ceilings: budget_s is {budget_s:g}, it must be above 0.")
     if device == "cpu":
-        return _call("cpu", _cpu_request(threads, budget_s), timeout_s + budget_s)
+        request = {"threads": threads_or_all(threads), "budget_s": budget_s}
+        return _call("cpu", request, timeout_s + budget_s)
     card = CUDA.fullmatch(device)
     if card is None:
         raise ShortstackError(
@@ -40,16 +41,6 @@ def measure(
         )
     require(["torch"], "prune", f"measuring the ceilings of {device}")
     return _call("cuda", {"index": int(card[1]), "budget_s": budget_s}, timeout_s + budget_s)
-
-
-def _cpu_request(threads: int | None, budget_s: float) -> dict[str, Any]:
-    from shortstack.devices.host import describe
-
-    return {
-        "threads": threads_or_all(threads),
-        "budget_s": budget_s,
-        "memory_bytes": describe()["cgroup"]["memory_bytes"],
-    }
 
 
 def _call(kind: str, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from shortstack.devices.roofline.products import product_rates, product_sizes
 from shortstack.devices.roofline.timing import repeat
+from shortstack.devices.vram import free_bytes
 from shortstack.errors import ShortstackError
 
 CPU = Path("/sys/devices/system/cpu")
@@ -38,12 +39,11 @@ def ceilings(request: Mapping[str, Any]) -> dict[str, Any]:
     """Measure with `threads` threads; returns the dict that records keep.
 
     Measuring takes about `budget_s` seconds; filling the buffer and importing torch come on top.
-    `memory_bytes` (or None) is the most the process may take: a container's limit.
     """
     begun = time.perf_counter()
     threads, budget_s = int(request["threads"]), float(request["budget_s"])
     cache = cache_bytes()
-    free = _free_bytes(request.get("memory_bytes"))
+    free = free_bytes("cpu") or 0
     n_bytes = buffer_bytes(cache, free, threads)
     busy = _Busy()
     seconds, passes = read_seconds(n_bytes, threads, READ_PART * budget_s)
@@ -138,13 +138,6 @@ def _counted(threads: int) -> str:
 
 def _least_bytes(threads: int) -> int:
     return threads * BLOCKS_PER_THREAD * BLOCK_BYTES
-
-
-def _free_bytes(limit: int | None) -> int:
-    import psutil
-
-    available = int(psutil.virtual_memory().available)
-    return available if limit is None else min(available, limit)
 
 
 def _size(text: str) -> int:

@@ -1,77 +1,81 @@
-"""Which of my machines runs this: every measured model on every machine that has a record."""
+"""Which of my machines would hold what: every measured model where it was not run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from shortstack.devices.roofline.fits import (
+from shortstack.devices.roofline.room import (
     Fit,
-    Need,
     Target,
     fits,
-    machine,
     need,
     overhead_bytes,
     target,
 )
-from shortstack.devices.roofline.share import Record, device_kind
+from shortstack.devices.roofline.share import Record
 from shortstack.devices.stats import median
 
-MEASURED, ELSEWHERE = "measured on this machine", "measured on other machines"
+
+@dataclass(frozen=True)
+class Seat:
+    """A device of a machine: its name, kind (gpu, cpu, unified), memory where that is known."""
+
+    name: str
+    kind: str
+    have_bytes: int | None
 
 
 @dataclass(frozen=True)
 class Place:
-    """One model on one machine. `fit` is None with the `reason`."""
+    """One model on one device. `fit` is None with the `reason`."""
 
-    machine: str
-    kind: str
+    seat: Seat
     target: Target
-    need: Need | None
+    source: Record
+    """The record with the model's longest context."""
     fit: Fit | None
-    overhead_from: str | None
     reason: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "need": {**asdict(self.need), "total_bytes": self.need.total_bytes}
-            if self.need
-            else None,
-            "fit": self.fit.to_dict() if self.fit else None,
-        }
+
+def places(runs: Sequence[tuple[Record, Seat]]) -> list[Place]:
+    """A row for each model (artifact, runtime, batch, options) and seat that it was not run on, at
+    the longest context it was measured with. What a run takes beyond weights and cache comes from
+    records of its runtime under its options on devices of that kind."""
+    models: dict[tuple[object, ...], list[tuple[Record, Seat]]] = {}
+    for record, seat in runs:
+        wanted = target(record)
+        key = (wanted.sha256, wanted.runtime, wanted.batch, _options(record))
+        models.setdefault(key, []).append((record, seat))
+    seats = dict.fromkeys(seat for _, seat in runs)
+    made = []
+    for own in models.values():
+        source = max((record for record, _ in own), key=lambda r: target(r).context_tokens)
+        run_on = {seat for _, seat in own}
+        made += [_place(seat, source, runs) for seat in seats if seat not in run_on]
+    return made
 
 
-def places(records: Sequence[Record], context_tokens: int | None = None) -> list[Place]:
-    """A row for each model (artifact, runtime) and machine. What a run takes beyond weights and
-    cache comes from that model's own record on that machine, else from records of its runtime on
-    devices of that kind."""
-    machines = dict.fromkeys(m for r in records if (m := machine(r)) is not None)
-    models: dict[tuple[str, str, int], Target] = {}
-    for record in records:
-        wanted = target(record, context_tokens)
-        models.setdefault((wanted.sha256, wanted.runtime, wanted.batch), wanted)
-    return [_place(m, wanted, records) for wanted in models.values() for m in machines]
-
-
-def _place(here: tuple[str, int, str], wanted: Target, records: Sequence[Record]) -> Place:
-    name, have, kind = here
-    alike = [
-        r
-        for r in records
-        if r["runtime"] == wanted.runtime and device_kind(r.get("device", "cpu")) == kind
+def _place(seat: Seat, source: Record, runs: Sequence[tuple[Record, Seat]]) -> Place:
+    wanted = target(source)
+    overheads = [
+        overhead
+        for record, its in runs
+        if record["runtime"] == wanted.runtime
+        and its.kind == seat.kind
+        and _options(record) == _options(source)
+        and (overhead := overhead_bytes(record)) is not None
     ]
-    own = [r for r in alike if machine(r) == here and r["artifact"]["sha256"] == wanted.sha256]
-    for source, found in ((MEASURED, own), (ELSEWHERE, alike)):
-        overheads = [o for r in found if (o := overhead_bytes(r)) is not None]
-        taken = need(wanted, median(overheads)) if overheads else None
-        if taken is not None:
-            return Place(name, kind, wanted, taken, fits(taken.total_bytes, have, kind), source)
-    reason = (
-        "the cache's bytes a token are unknown"
-        if wanted.kv_bytes_per_token is None
-        else f"{wanted.runtime} was never watched for memory on a device of this kind"
-    )
-    return Place(name, kind, wanted, None, None, None, reason)
+    if wanted.kv_bytes_per_token is None:
+        return Place(seat, wanted, source, None, "the cache's bytes a token are unknown")
+    if seat.have_bytes is None:
+        return Place(seat, wanted, source, None, "the device's memory is unknown")
+    taken = need(wanted, median(overheads)) if overheads else None
+    if taken is None:
+        reason = f"{wanted.runtime} was never watched for memory on a device of this kind"
+        return Place(seat, wanted, source, None, reason)
+    return Place(seat, wanted, source, fits(taken.total_bytes, seat.have_bytes, seat.kind))
+
+
+def _options(record: Record) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(record.get("options", {}).items()))

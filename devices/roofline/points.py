@@ -8,7 +8,7 @@ from typing import Any
 
 from shortstack.artifact import ExportSpec
 from shortstack.devices.roofline.catalogue import recognise
-from shortstack.devices.roofline.fits import overhead_bytes, peak_bytes
+from shortstack.devices.roofline.room import overhead_bytes, peak_bytes
 from shortstack.devices.roofline.share import (
     Record,
     batch,
@@ -31,6 +31,8 @@ class Group:
     runtime: str
     spec: str
     batch: int
+    options: tuple[tuple[str, str], ...] = ()
+    """The runtime's, as asked for: layers left on the CPU or another cache are another device."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,13 @@ def _point(record: Record, run: Run) -> Point | str:
         return f"the bandwidth of {device} was not measured and it is in no catalogue"
     return Point(
         record=_name(record, run),
-        group=Group(device_kind(device), record["runtime"], _slug(record), batch(record)),
+        group=Group(
+            kind=device_kind(device),
+            runtime=record["runtime"],
+            spec=_slug(record),
+            batch=batch(record),
+            options=tuple(sorted(record.get("options", {}).items())),
+        ),
         device=_device_name(record, known.name if known else None),
         catalogue_id=known.id if known else None,
         model=record["artifact"]["sha256"],

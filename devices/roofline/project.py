@@ -7,12 +7,11 @@ the same fit makes on what was measured (docs/roofline.md).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from shortstack.devices.roofline.catalogue import Device, catalogue
-from shortstack.devices.roofline.fit import Errors, Line, fit_line, leave_one_out
-from shortstack.devices.roofline.fits import Need, Target, fits, need, target
+from shortstack.devices.roofline.least_squares import Errors, Line, fit_line, leave_one_out
 from shortstack.devices.roofline.points import (
     MEASURED,
     VENDOR,
@@ -22,6 +21,7 @@ from shortstack.devices.roofline.points import (
     groups,
     points,
 )
+from shortstack.devices.roofline.room import Fit, Need, Target, fits, need, target
 from shortstack.devices.stats import median
 from shortstack.errors import ShortstackError
 
@@ -48,18 +48,6 @@ class DecodeFit:
     def n_devices(self) -> int:
         return len({p.device for p in self.points})
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            **asdict(self.group),
-            **asdict(self.line),
-            "bandwidth_basis": self.basis,
-            "records": [p.record for p in self.points],
-            "n_devices": self.n_devices,
-            "error_across_devices": _errors(self.across_devices, "one device was measured"),
-            "error_across_models": _errors(self.across_models, "one model was measured"),
-            "notes": list(self.notes),
-        }
-
 
 @dataclass(frozen=True)
 class Projection:
@@ -75,44 +63,20 @@ class Projection:
     need: Need | None
     notes: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "projected": True,
-            "device": {"id": self.device.id, "name": self.device.name, "kind": self.device.kind},
-            "bandwidth_bytes_per_s": self.device.bandwidth_bytes_per_s.to_dict(),
-            "target": asdict(self.target),
-            "decode_tokens_per_s": self.decode_tokens_per_s,
-            "low_tokens_per_s": self.low_tokens_per_s,
-            "high_tokens_per_s": self.high_tokens_per_s,
-            "fit": self.fit.to_dict(),
-            "need": {**asdict(self.need), "total_bytes": self.need.total_bytes}
-            if self.need
-            else None,
-            "fits": self.fits(),
-            "memory_error_across_devices": _errors(
-                memory_errors(self.fit.points, "device"), "memory was measured on one device"
-            ),
-            "memory_error_across_models": _errors(
-                memory_errors(self.fit.points, "model"), "memory of one model was measured"
-            ),
-            "memory_source": self.device.memory_source,
-            "notes": list(self.notes),
-        }
-
-    def fits(self) -> list[dict[str, Any]] | None:
+    def fits(self) -> list[Fit] | None:
         """For each memory size that the device is sold with; None where the need is unknown."""
         if self.need is None:
             return None
         total = self.need.total_bytes
-        return [fits(total, have, self.device.kind).to_dict() for have in self.device.memory_bytes]
+        return [fits(total, have, self.device.kind) for have in self.device.memory_bytes]
 
 
 def fit(members: Sequence[Point]) -> DecodeFit:
     """Fit the records of one group. Raises ShortstackError for none, or for several groups."""
     if len({p.group for p in members}) != 1:
         raise ShortstackError(
-            f"a projection rests on records of one runtime, format and batch, these are of "
-            f"{len({p.group for p in members})}. Measure first, then project each apart."
+            f"a projection rests on records of one runtime, format, batch and options, these are "
+            f"of {len({p.group for p in members})}. Measure first, then project each apart."
         )
     basis = VENDOR if all(VENDOR in p.bandwidths for p in members) else MEASURED
     used = [p for p in members if basis in p.bandwidths]
@@ -160,14 +124,18 @@ def project(device: Device, wanted: Target, fitted: DecodeFit) -> Projection:
 def project_all(
     runs: Sequence[Run], context_tokens: int | None = None
 ) -> tuple[list[Projection], list[str]]:
-    """Every measured model on every catalogue device of the kinds that its records speak for, and
-    why records were left out. A device that was measured itself is not projected."""
+    """Every measured model, at every context it was measured with (else at `context_tokens`), on
+    every catalogue device of the kinds that its records speak for, and why records were left out.
+
+    A device that a fit rests on is not projected by it.
+    """
     made, refused = points(runs)
     projections = []
     for group, members in groups(made).items():
         fitted = fit(members)
-        seen = {p.catalogue_id for p in members}
-        targets = {p.model: target(p.source, context_tokens) for p in members}
+        seen = {p.catalogue_id for p in fitted.points}
+        wished = [target(p.source, context_tokens) for p in fitted.points]
+        targets = {(t.sha256, t.context_tokens): t for t in wished}
         for device in catalogue().values():
             if device.kind in ACCEPTS[group.kind] and device.id not in seen:
                 projections += [project(device, wanted, fitted) for wanted in targets.values()]
@@ -218,14 +186,3 @@ def _notes(device: Device, wanted: Target, fitted: DecodeFit, ideal_s: float) ->
     if not min(seen) / 2 <= ideal_s <= max(seen) * 2:
         notes.append("more than twice outside of what was measured: extrapolated")
     return notes
-
-
-def _errors(errors: Errors | None, why: str) -> dict[str, Any]:
-    if errors is None:
-        return {"largest": None, "median": None, "n": 0, "reason": f"unknown: {why}"}
-    return {
-        "largest": errors.largest,
-        "median": errors.median,
-        "n": len(errors.relative),
-        "reason": None,
-    }

@@ -7,14 +7,13 @@ with what it may mean.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+from shortstack.devices.flags import BUSY_SHARE
 from shortstack.devices.stats import Interval, median_interval
 
 Record = Mapping[str, Any]
-BUSY_SHARE = 0.10
-"""From so much foreign CPU time on, a ceiling counts as measured on a busy machine."""
 
 COMPUTED_IN = {
     ("cpu", "llama.cpp", "quantized"): "int8",
@@ -52,9 +51,6 @@ class Share:
     """`bytes` for decode, else the operations' type: `int8`, `float32`, ..."""
     reason: str | None = None
     notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "notes": list(self.notes)}
 
 
 def context_tokens(record: Record) -> float:
@@ -102,7 +98,9 @@ def decode_share(record: Record, ceilings: Mapping[str, Any]) -> Share:
         return Share(None, None, None, "bytes", missing)
     notes = _ceiling_notes(record, own)
     if record.get("kv_bytes_per_token") is None:
-        notes.append("the cache's bytes are unknown: only weights are counted, the share is higher")
+        notes.append(
+            "only weights are counted, the cache's bytes are unknown, so the true share is higher"
+        )
     achieved = [rate * step_bytes(record) for rate in rates]
     share = _over(achieved, float(own["read_bytes_per_s"]), "bytes", notes)
     if share.share is not None and share.share.estimate > 1:
@@ -137,7 +135,9 @@ def prefill_share(
     params = matrix_params
     if params is None:
         params = float(record["artifact"]["n_params"])
-        notes.append("all parameters are counted, the embedding table too: the share is lower")
+        notes.append(
+            "all parameters are counted, the embedding table too, so the true share is lower"
+        )
     work = 2 * params * record["workload"]["prompt_tokens"] * batch(record)
     share = _over([work / s for s in seconds], float(measured[wanted]), wanted, notes)
     if share.share is not None and share.share.estimate > 1:

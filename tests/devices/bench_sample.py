@@ -164,7 +164,12 @@ def measurement(
         "tool_version": "0.1.0",
         "label": label,
         "runtime": runtime,
-        "runtime_info": {"runtime": runtime, "version": "1.31.1", "threads": work["threads"]},
+        "runtime_info": {
+            "runtime": runtime,
+            "version": "1.31.1",
+            "threads": work["threads"],
+            "kv_cache": "F16",
+        },
         "device": device,
         "device_info": next((d for d in host["devices"] if d["id"] == device), {}),
         "artifact": made,

@@ -70,13 +70,15 @@ def fields(model: Any) -> tuple[dict[str, Any], set[str]]:
 def nested(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if typing.get_origin(annotation) in (list, types.UnionType):
+    if typing.get_origin(annotation) in (list, dict, types.UnionType):
         return next(filter(None, map(nested, typing.get_args(annotation))), None)
     return None
 
 
 def resolved(schema: Json) -> Json:
     schema = schema.get("items", schema)
+    if "properties" not in schema:
+        schema = schema.get("additionalProperties", schema)
     for option in (*schema.get("anyOf", ()), schema):
         if "$ref" in option:
             found: Json = SCHEMA["$defs"][option["$ref"].removeprefix("#/$defs/")]
@@ -117,6 +119,18 @@ DAMAGES: dict[str, Callable[[Json], Any]] = {
     "measurements[0].memory": lambda r: first(r).update(memory=None),
     "measurements[0].failure": lambda r: first(r).pop("failure"),
     "run_id": lambda r: r.update(run_id="mine"),
+    "ceilings.cuda:0.read_bytes_per_s": lambda r: r["ceilings"].update({"cuda:0": {}}),
+    "ceilings.cpu.read_bytes_per_s": lambda r: r["ceilings"]["cpu"].update(read_bytes_per_s=0),
+    "ceilings.cpu.matmul_flops_per_s": lambda r: r["ceilings"]["cpu"].pop("matmul_flops_per_s"),
+    "ceilings.cpu.matmul_flops_per_s.float32": lambda r: r["ceilings"]["cpu"][
+        "matmul_flops_per_s"
+    ].update(float32=0.0),
+    "ceilings.cpu.threads": lambda r: r["ceilings"]["cpu"].update(threads="8"),
+    "ceilings.cpu.samples": lambda r: r["ceilings"]["cpu"].update(samples=None),
+    "ceilings.cpu.samples.read": lambda r: r["ceilings"]["cpu"].update(samples={"read": None}),
+    "ceilings.cpu.samples.foreign_cpu_share": lambda r: r["ceilings"]["cpu"].update(
+        samples={"foreign_cpu_share": "much"}
+    ),
     "host": lambda r: r.update(host=[]),
 }
 

@@ -20,15 +20,18 @@ from shortstack.devices.report.merged import tables as shown
 from shortstack.devices.report.merged.depth import depth_lines, straight_line
 from shortstack.devices.report.merged.front import dominates, fronts
 from shortstack.devices.report.merged.gain import gains
+from shortstack.devices.report.merged.held import would_hold
 from shortstack.devices.report.merged.llama_bench import llama_bench_rows
 from shortstack.devices.report.merged.machine_table import machine_table
 from shortstack.devices.report.merged.matrix import rows
 from shortstack.devices.report.merged.pictures import figures
 from shortstack.devices.report.merged.table_csv import to_csv
-from shortstack.devices.report.merged.words import warnings
+from shortstack.devices.report.merged.unlike import why_unlike
+from shortstack.devices.report.merged.words import energy_words, lead, warnings
 from shortstack.devices.report.merged.write import to_html, to_markdown
 from shortstack.devices.stats import Interval
 from shortstack.errors import ShortstackError
+from shortstack.roofline_report import shares
 
 from .bench_sample import (
     CARD,
@@ -122,6 +125,10 @@ def test_one_file_under_two_labels_stands_in_one_row(load: Load) -> None:
             lambda m: m["runtime_info"].update(version="2.0"),
             "other runtime major (2 against 1)",
         ),
+        (
+            lambda m: m["runtime_info"].update(kv_cache="Q4_0"),
+            "other KV cache (Q4_0 against F16)",
+        ),
     ],
 )
 def test_an_unlike_cell_says_why(load: Load, change: Callable[[Json], Any], words: str) -> None:
@@ -182,6 +189,23 @@ def test_other_work_is_another_row(load: Load) -> None:
     ]
 
 
+def test_other_options_are_other_work(load: Load) -> None:
+    cases = [measurement("original", 30), measurement("cut24", 24)]
+    cases[1]["options"] = {"kv_type": "q4_0"}
+    merged = merge(load(bench(cases)))
+    assert [row.shape.words for row in rows(merged.cases)] == [
+        "prompt 128, decode 16",
+        "prompt 128, decode 16, kv_type q4_0",
+    ]
+    assert why_unlike(merged.cases[1], merged.cases[0], artifact=False) == [
+        "other option (kv_type q4_0 against not set)"
+    ]
+    assert gains(merged.measured) == []
+    assert fronts(merged) == []
+    lines = list(csv.DictReader(io.StringIO(to_csv(merged, rows(merged.cases)))))
+    assert [line["options"] for line in lines] == ["", "kv_type q4_0"]
+
+
 def test_machines_are_named_by_their_parts(both: Merged) -> None:
     assert [m.name for m in both.machines] == [
         "Example Core 7 CPU, 8 cores, 32.0 GB",
@@ -219,6 +243,15 @@ def test_a_machine_after_an_update_is_the_same_machine(load: Load) -> None:
     assert len(merged.machines) == 1
     assert merged.machines[0].runs == (1, 2)
     assert str(cells(merged, "original, GGUF")[0]).count(";") == 1
+
+
+def test_a_laptop_measured_through_vulkan_is_the_same_machine(load: Load) -> None:
+    shown_by_llama = measurement("original", 30, device="vulkan:0")
+    shown_by_llama["device_info"] = {"id": "vulkan:0", "name": "Example graphics"}
+    merged = merge(load(laptop_run(), bench([shown_by_llama], run="vulkan")))
+    (machine,) = merged.machines
+    assert [id_ for id_, _ in machine.gpus] == ["vulkan:0"]
+    assert {c.place.name for c in merged.cases} == {"Example Core 7 CPU CPU", "Example graphics"}
 
 
 def test_other_threads_on_one_machine_are_other_work(load: Load) -> None:
@@ -334,6 +367,23 @@ def test_an_artifact_without_quality_is_not_judged(load: Load) -> None:
     assert len(left) == 2
 
 
+def test_a_peak_of_nothing_is_a_figure(load: Load) -> None:
+    cases = [measurement(n, 30, host=SERVER, device="cuda:0") for n in ("one", "two")]
+    cases[0]["memory"] = []
+    cases[1]["memory"][0]["device_memory"]["peak_device_bytes"] = 0
+    front = fronts(merge(load(bench(cases, host=SERVER))))[0]
+    assert front.judged_by == ("decode speed", "peak memory")
+    assert [p.left_out for p in front.points] == ["no memory figure", None]
+
+
+def test_what_is_not_judged_is_not_drawn(load: Load) -> None:
+    record = bench([measurement(f"cut{n}", n) for n in (30, 24, 18)])
+    record["measurements"][1]["prompt_sha256"] = "a" * 64
+    (drawn,) = figures([], fronts(merge(load(record))), None)
+    assert len(drawn.legend) == 2
+    assert "1 not judged: see the table." in drawn.note
+
+
 def test_more_accuracy_is_better(load: Load) -> None:
     record = bench([measurement("original", 30), measurement("cut24", 24, speed=0.5)])
     judged = evaluation(record["measurements"], [0.4, 0.6])
@@ -366,6 +416,19 @@ def test_which_machine_runs_what_tells_the_share_of_memory(both: Merged) -> None
     assert line[-1].replace("\N{NARROW NO-BREAK SPACE}", "") == "141000"
 
 
+def test_what_was_not_run_on_a_machine_is_computed_for_it_and_marked(load: Load) -> None:
+    small = {**SERVER, "ram_bytes": 4_000_000_000, "devices": SERVER["devices"][:1]}
+    large = measurement("large", 3000)
+    other = bench([measurement("small", 30, host=small)], run="2", host=small)
+    merged = merge(load(bench([large]), other))
+    table = would_hold(merged.cases)
+    told = {(row[0].partition(",")[0], row[2]): row[4] for row in table.rows}
+    assert told == {("large", "Example Server 99"): "no", ("small", "Example Core 7 CPU"): "yes"}
+    assert table.caption.startswith("Projected, not measured")
+    assert table.caption in to_html(merged)
+    assert would_hold(merge(load(bench([large]))).cases).rows == ()
+
+
 def test_a_model_that_failed_says_so(load: Load) -> None:
     record = laptop_run()
     record["measurements"][0] |= {
@@ -378,6 +441,18 @@ def test_a_model_that_failed_says_so(load: Load) -> None:
     assert cells(merged, "original, GGUF") == ["failed"]
     text = " ".join(Page(to_html(merged)).words)
     assert "1 did not work" in text
+
+
+def test_a_model_that_failed_elsewhere_failed_and_is_not_called_unlike(load: Load) -> None:
+    def fail(m: Json) -> None:
+        why = {"kind": "error", "message": "it does not fit", "phase": "load"}
+        m |= {"trials": [], "memory": [], "runtime_info": {}, "failure": why}
+
+    merged = two_machines(load, fail)
+    assert cells(merged, "original")[1] == "failed"
+    lines = list(csv.DictReader(io.StringIO(to_csv(merged, rows(merged.cases)))))
+    assert {line["not_comparable"] for line in lines} == {""}
+    assert "not comparable" not in lead(merged, rows(merged.cases))
 
 
 def guess(words: str, low: float | None, fits: tuple[tuple[float, bool], ...]) -> Projected:
@@ -447,6 +522,12 @@ def test_memory_and_energy_name_their_method(both: Merged) -> None:
     assert "no counter can be read" in to_markdown(both)
 
 
+def test_why_a_part_of_the_energy_is_missing_is_told(load: Load) -> None:
+    record = server_run()
+    record["measurements"][0]["energy_reason"] = "prefill: the counter stood still"
+    assert energy_words(merge(load(record))) == [("Example H9", "prefill: the counter stood still")]
+
+
 def test_cold_and_warm_loads_are_apart(load: Load) -> None:
     record = bench([measurement("original", 30)])
     record["measurements"][0]["trials"][0]["load_s"] = 9.0
@@ -476,6 +557,24 @@ def test_llama_bench_rows_have_its_fields_in_its_order(both: Merged) -> None:
     assert made[-1]["gpu_info"] == "Example H9"
 
 
+def test_llama_bench_rows_tell_what_the_runtime_said(load: Load) -> None:
+    record = bench([measurement("original", 30)])
+    told = {"n_gpu_layers": 31, "n_batch": 512, "n_ubatch": 256, "mmap": True, "backend": "Vulkan"}
+    record["measurements"][0]["runtime_info"] |= {**told, "kv_cache": "Q8_0"}
+    row = llama_bench_rows(merge(load(record)).cases)[0]
+    assert row.items() >= {"n_gpu_layers": 31, "n_batch": 512, "n_ubatch": 256}.items()
+    assert row.items() >= {"use_mmap": True, "backends": "Vulkan"}.items()
+    assert (row["type_k"], row["type_v"]) == ("q8_0", "q8_0")
+
+
+def test_llama_bench_rows_say_no_only_where_that_is_known(both: Merged) -> None:
+    laptop, *_, server = llama_bench_rows(both.cases)
+    assert (laptop["n_gpu_layers"], server["n_gpu_layers"]) == (0, -1)
+    assert laptop["use_mmap"] == ""
+    assert laptop["flash_attn"] == -1
+    assert laptop["type_k"] == "f16"
+
+
 def test_a_batch_has_no_place_in_llama_bench(load: Load) -> None:
     cases = [measurement("original", 30, work=workload(batch=8)), measurement("cut24", 24)]
     merged = merge(load(bench(cases)))
@@ -502,11 +601,19 @@ def hostile(words: str) -> Json:
     record |= {"command": words, "tool_version": words, "started_at": words}
     record["host"] |= {"os": words, "kernel": words, "container": words, "machine": words}
     record["host"]["cpu"] |= {"model": words, "isa": [words]}
-    record["ceilings"] = {words: {"matmul_flops_per_s": {words: 1.0}}}
+    record["ceilings"] = {
+        words: {
+            "read_bytes_per_s": 1.0,
+            "matmul_flops_per_s": {words: 1.0},
+            "method": words,
+            "samples": {words: words},
+        }
+    }
     m |= {"label": words, "runtime": words, "prompt_source": words, "flags": [words]}
     m |= {"device": words, "energy_reason": words, "prompt_sha256": words}
     m["device_info"] = {"name": words, "driver": words, "vram_bytes": 10**10}
     m["runtime_info"] |= {"version": words, "threads": words, "kv_cache": words}
+    m["options"] = {words: words}
     m["artifact"] |= {"path": words, "notes": [words], "sha256": words}
     m["artifact"]["spec"] = {"format": words, "precision": words, "options": {words: words}}
     m["memory"][0]["method"] = words
@@ -527,6 +634,7 @@ def test_hostile_words_are_escaped_everywhere(load: Load, words: str) -> None:
     merged = merge(
         load(hostile(words), server_run()),
         projected=[guess(words, 1.0, ())],
+        share_of=shares,
     )
     page = Page(to_html(merged))
     tags = [tag for tag, _ in page.tags]

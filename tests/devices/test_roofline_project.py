@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 
 from shortstack.devices.roofline.catalogue import catalogue, find, recognise
-from shortstack.devices.roofline.fits import Target, target
 from shortstack.devices.roofline.points import MEASURED, VENDOR, groups, points
 from shortstack.devices.roofline.project import fit, memory_errors, project, project_all
+from shortstack.devices.roofline.room import Target, target
 from shortstack.errors import ShortstackError
 
 from .roofline_sample import GB, H200_BANDWIDTH, a_record, a_run, obeying
@@ -41,12 +40,12 @@ def test_with_one_device_the_error_across_devices_is_unknown_and_said_to_be() ->
     made = project(find("rtx-4090"), GOAL, fit(points([on_one_card()])[0]))
     assert (made.low_tokens_per_s, made.high_tokens_per_s) == (None, None)
     assert "fitted on H200 SXM 141GB alone: the error across devices is unknown" in made.notes
-    across = made.to_dict()["fit"]["error_across_devices"]
-    assert (across["largest"], across["reason"]) == (None, "unknown: one device was measured")
-    models = made.to_dict()["fit"]["error_across_models"]
-    assert models["n"] == 2
+    assert made.fit.across_devices is None
+    models = made.fit.across_models
+    assert models is not None
+    assert len(models.relative) == 2
     # Of one model alone the overhead cannot be told: it is the error that is left.
-    assert 0 < models["largest"] < 0.1
+    assert 0 < models.largest < 0.1
 
 
 def test_several_devices_give_the_error_that_the_fit_makes_on_each() -> None:
@@ -77,20 +76,18 @@ def test_several_devices_give_the_error_that_the_fit_makes_on_each() -> None:
     assert not any("unknown" in note for note in made.notes)
 
 
-def test_every_projection_is_marked_and_names_its_records_and_sources() -> None:
+def test_every_projection_knows_its_records_and_sources() -> None:
     made, refused = project_all([on_one_card()])
     assert refused == []
     # Two models on every card but the one that was measured.
     assert len(made) == 2 * (sum(d.kind == "gpu" for d in catalogue().values()) - 1)
-    for data in (p.to_dict() for p in made):
-        assert json.loads(json.dumps(data)) == data
-        assert data["projected"] is True
-        assert data["bandwidth_bytes_per_s"]["source"].startswith("vendor specification: NVIDIA, ")
-        assert data["fit"]["records"] == [
+    for found in made:
+        assert found.device.bandwidth_bytes_per_s.source.startswith("NVIDIA, ")
+        assert [p.record for p in found.fit.points] == [
             "01234567: original gguf-f16, llama.cpp, cuda:0",
             "01234567: pruned gguf-f16, llama.cpp, cuda:0",
         ]
-        assert data["device"]["id"] != "h200-sxm"
+        assert found.device.id != "h200-sxm"
 
 
 def test_memory_is_weights_cache_and_the_overhead_that_was_measured() -> None:
@@ -99,10 +96,10 @@ def test_memory_is_weights_cache_and_the_overhead_that_was_measured() -> None:
     assert made.need.total_bytes == 8 * GB + 100_000 * 4096 + GB
     placed = made.fits()
     assert placed is not None
-    assert [row["fits"] for row in placed] == [True]
+    assert [row.fits for row in placed] == [True]
     small = project(find("rtx-4060"), GOAL, fit(points([on_one_card()])[0])).fits()
     assert small is not None
-    assert [row["fits"] for row in small] == [False]
+    assert [row.fits for row in small] == [False]
 
 
 def test_the_error_of_memory_is_that_of_the_overhead_of_the_others() -> None:
@@ -154,6 +151,8 @@ def test_unlike_records_are_never_fitted_together() -> None:
     runs = [a_run(*(a_record(step_s=0.01, precision=p) for p in ("F16", "Q4_0")))]
     made = points(runs)[0]
     assert len(groups(made)) == 2
+    asked = {**a_record(step_s=0.02), "options": {"gpu_layers": "4"}}
+    assert len(groups(points([a_run(a_record(step_s=0.01), asked)])[0])) == 2
     with pytest.raises(ShortstackError, match="these are of 2"):
         fit(made)
     with pytest.raises(ShortstackError, match="these are of 0"):
@@ -168,6 +167,21 @@ def test_a_record_of_another_basis_is_left_out_and_named() -> None:
     assert fitted.basis == MEASURED
     assert [p.device for p in fitted.points] == ["A card of tomorrow"]
     assert "original gguf-f16, llama.cpp, cuda:0 is left out" in fitted.notes[0]
+
+
+def test_a_model_that_no_fit_holds_is_not_projected() -> None:
+    known = a_record(step_s=0.01, label="one", name="NVIDIA L4")
+    odd = a_record(step_s=0.01, name="A card of tomorrow", label="other")
+    found, _ = project_all([a_run(known), a_run(odd, read=500 * GB)])
+    assert {p.target.label for p in found} == {"other"}
+    assert "l4" in {p.device.id for p in found}
+
+
+def test_a_model_is_projected_at_every_context_it_was_measured_with() -> None:
+    run = a_run(a_record(step_s=0.01), a_record(step_s=0.02, depth_tokens=4096))
+    found, _ = project_all([run])
+    here = [p.target.context_tokens for p in found if p.device.id == "l4"]
+    assert here == [641, 4096 + 641]
 
 
 def test_far_from_what_was_measured_is_called_extrapolated() -> None:

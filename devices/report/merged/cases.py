@@ -15,19 +15,21 @@ from shortstack.devices.stats import median
 
 @dataclass(frozen=True)
 class Shape:
-    """How many tokens a trial works on: what a figure holds for."""
+    """How many tokens a trial works on, with which options: what a figure holds for."""
 
     prompt_tokens: int
     decode_tokens: int
     depth_tokens: int
     batch: int
+    options: tuple[tuple[str, str], ...] = ()
+    """The runtime's, as asked for, by name: `(("kv_type", "q8_0"),)`."""
 
     @property
     def words(self) -> str:
         parts = [f"prompt {self.prompt_tokens}", f"decode {self.decode_tokens}"]
         parts += [f"depth {self.depth_tokens}"] if self.depth_tokens else []
         parts += [f"batch {self.batch}"] if self.batch > 1 else []
-        return ", ".join(parts)
+        return ", ".join([*parts, *(f"{name} {value}" for name, value in self.options)])
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class Case:
 
     @cached_property
     def shape(self) -> Shape:
-        w = self.measurement.workload
-        return Shape(w.prompt_tokens, w.decode_tokens, w.depth_tokens, w.batch)
+        w, options = self.measurement.workload, sorted(self.measurement.options.items())
+        return Shape(w.prompt_tokens, w.decode_tokens, w.depth_tokens, w.batch, tuple(options))
 
     @cached_property
     def decode_tokens_per_s(self) -> tuple[float, ...]:

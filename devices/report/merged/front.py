@@ -71,7 +71,7 @@ def _front(merged: Merged, place: Place, shape: Shape, cases: Sequence[Case]) ->
         for case in cases
     ]
     with_quality = any(p.verdict for p in points)
-    with_memory = any(p.peak_bytes for p in points)
+    with_memory = any(p.peak_bytes is not None for p in points)
     axes = ["decode speed"]
     axes += [merged.quality.metric] if with_quality and merged.quality else []
     axes += ["peak memory"] if with_memory else []

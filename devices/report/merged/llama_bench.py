@@ -2,7 +2,8 @@
 
 Field names and their order: llama.cpp, tools/llama-bench/llama-bench.cpp, `test::get_fields`, and
 README.md there; `use_mmap` is of builds before `load_mode`. scripts/compare-llama-bench.py joins
-rows by equality, which null never meets, so what a record does not tell is 0 or empty.
+rows by equality, which null never meets, so what a record does not tell is 0 or empty, or auto (-1)
+where 0 says no.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ from shortstack.devices.report.markdown import md
 from shortstack.devices.report.merged.cases import Case
 from shortstack.devices.report.merged.machines import part
 
-FLASH = {"on": 1, "off": 0, "auto": -1, True: 1, False: 0}
-"""`flash_attn` as llama.h numbers it; -1 is auto."""
+FLASH = {"on": 1, "off": 0, True: 1, False: 0}
+AUTO = -1
+"""`flash_attn` as llama.h numbers it: on, off, or as the runtime likes; `n_gpu_layers`: all."""
+GGML_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+BACKENDS = {"cpu": "CPU", "cuda": "CUDA", "metal": "Metal", "vulkan": "Vulkan", "rocm": "ROCm"}
+"""Kind of device -> backend, where the runtime does not say."""
 
 
 def llama_bench_rows(cases: Sequence[Case]) -> list[dict[str, Any]]:
@@ -88,13 +93,16 @@ def _head(case: Case) -> dict[str, Any]:
     m = case.measurement
     info, artifact = m.runtime_info, m.artifact
     gpu = m.device != "cpu"
-    cache = str(info.get("kv_cache") or "")
+    kind = m.device.partition(":")[0]
+    cache = str(info.get("kv_cache") or "").lower()
+    cache = GGML_TYPES.get(cache, cache)
+    mapped = info.get("mmap")
     return {
         "build_commit": str(info.get("build_commit") or f"{m.runtime} {info.get('version', '')}"),
         "build_number": _whole(info.get("build_number")),
         "cpu_info": str(part(m.host, "cpu").get("model") or ""),
         "gpu_info": str(m.device_info.get("name") or case.place.name) if gpu else "",
-        "backends": str(info.get("backend") or ("CUDA" if m.device.startswith("cuda") else "CPU")),
+        "backends": str(info.get("backend") or BACKENDS.get(kind, kind)),
         "model_filename": artifact.path.replace("\\", "/").rpartition("/")[2],
         "model_type": f"{case.label} {case.export} ({artifact.n_layers} layers, {m.runtime})",
         "model_size": artifact.size_bytes,
@@ -105,9 +113,9 @@ def _head(case: Case) -> dict[str, Any]:
         "cpu_mask": "",
         "cpu_strict": False,
         "poll": 0,
-        "type_k": str(info.get("type_k") or cache),
-        "type_v": str(info.get("type_v") or cache),
-        "n_gpu_layers": _whole(info.get("n_gpu_layers")),
+        "type_k": cache,
+        "type_v": cache,
+        "n_gpu_layers": _whole(info.get("n_gpu_layers"), AUTO if gpu else 0),
         "n_cpu_moe": 0,
         "split_mode": "",
         "main_gpu": 0,
@@ -116,7 +124,7 @@ def _head(case: Case) -> dict[str, Any]:
         "devices": "",
         "tensor_split": "",
         "tensor_buft_overrides": "",
-        "use_mmap": bool(info.get("mmap", False)),
+        "use_mmap": mapped if isinstance(mapped, bool) else "",
         "load_mode": "",
         "embeddings": False,
         "no_op_offload": 0,
@@ -148,12 +156,12 @@ def _deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _whole(value: Any) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+def _whole(value: Any, unknown: int = 0) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else unknown
 
 
 def _flash(value: Any) -> int:
-    return FLASH.get(value, 0) if isinstance(value, str | bool) else 0
+    return FLASH.get(value, AUTO) if isinstance(value, str | bool) else AUTO
 
 
 def _size(n_bytes: int) -> str:

@@ -62,7 +62,7 @@ class Places:
 
     def _see(self, run: int, host: Mapping[str, Any], record: Record) -> None:
         gpus = _gpus(host, record.measurements)
-        key = _identity(host, gpus)
+        key = _identity(record)
         if key not in self._keys:
             self._keys.append(key)
         self._hosts.setdefault(key, []).append(host)
@@ -87,8 +87,7 @@ class Places:
         ]
 
     def place(self, record: Record, device: str) -> Place:
-        gpus = _gpus(record.host, record.measurements)
-        key = _identity(record.host, gpus)
+        key = _identity(record)
         letter = self._letters[key]
         if device == "cpu":
             host = self._hosts[key][0]  # not the record's own: a place is one, however often seen
@@ -108,11 +107,15 @@ def ram_bytes(host: Mapping[str, Any]) -> int | None:
     return min(known) if known else None
 
 
-def _identity(host: Mapping[str, Any], gpus: Mapping[str, Mapping[str, Any]]) -> str:
+def _identity(record: Record) -> str:
     """What two records of one machine share: parts, not software, load or settings.
 
-    RAM counts in whole GB, since a kernel's own share of it changes with an update.
+    RAM counts in whole GB, since a kernel's own share of it changes with an update. Devices are
+    those that the host lists: what else was measured (through Metal or Vulkan) may be the same
+    card, and hangs on the runtime.
     """
+    host = record.host
+    gpus = _gpus(host, () if isinstance(host.get("devices"), list) else record.measurements)
     cpu, ram = part(host, "cpu"), _whole(host.get("ram_bytes"))
     facts = [
         *(cpu.get(name) for name in ("model", "physical_cores", "logical_cores")),

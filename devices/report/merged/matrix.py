@@ -22,7 +22,8 @@ class Row:
     reference: Case
 
     def reasons(self, case: Case) -> list[str]:
-        return why_unlike(case, self.reference)
+        """Why not to compare its figures; none for a case that has no figures."""
+        return why_unlike(case, self.reference) if case.measurement.trials else []
 
     def cell(self, place: Place) -> str | None:
         """Decode speed at a place, each run's; None where it was not measured there."""
@@ -30,11 +31,10 @@ class Row:
         return "; ".join(told) if told else None
 
     def _told(self, case: Case) -> str:
-        reasons = self.reasons(case)
-        if reasons:
-            return not_comparable(reasons)
         if not case.measurement.trials:
             return "failed"
+        if reasons := self.reasons(case):
+            return not_comparable(reasons)
         return with_interval(case.decode_tokens_per_s)
 
 

@@ -32,6 +32,8 @@ class Projected:
     """For each memory size (bytes) that the device is sold with."""
     basis: str
     """Which records it was fitted on."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know of it: extrapolated, another basis, the error of the memory."""
 
 
 @dataclass(frozen=True)

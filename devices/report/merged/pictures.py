@@ -80,10 +80,11 @@ def cost_of_depth(shape: Shape, lines: Sequence[DepthLine]) -> Figure:
 def pareto(front: Front, metric: str | None) -> Figure | None:
     """Speed against quality, or against memory where no quality is known; filled: on the front.
 
-    None where neither is known: speed alone needs no picture.
+    What is not judged is not drawn. None where neither is known: speed alone needs no picture.
     """
-    quality = metric if any(p.verdict for p in front.points) else None
-    points = [(p, at) for p in front.points if (at := _height(p, quality)) is not None]
+    judged = [p for p in front.points if p.left_out is None]
+    quality = metric if any(p.verdict for p in judged) else None
+    points = [(p, at) for p in judged if (at := _height(p, quality)) is not None]
     if not points:
         return None
     title = f"Best buys on {front.place.name}: {front.shape.words}"
@@ -102,7 +103,7 @@ def pareto(front: Front, metric: str | None) -> Figure | None:
             "an evaluation with --eval. "
         )
     if len(points) < len(front.points):
-        note += f"{len(front.points) - len(points)} without these figures: see the table."
+        note += f"{len(front.points) - len(points)} not judged: see the table."
     axes = Axes("decode, tokens/s", quality or "peak memory, MB")
     image = chart(title, "; ".join(_said(p, quality) for p, _ in points), series, axes)
     names = [f"{p.case.title}, {p.case.runtime}" for p, _ in points]

@@ -48,6 +48,8 @@ def _line(merged: Merged, case: Case, reasons: Sequence[str]) -> dict[str, Any]:
         "runtime": m.runtime,
         "runtime_version": m.runtime_info.get("version"),
         "runtime_major": runtime_major(m),
+        "options": ", ".join(f"{name} {value}" for name, value in case.shape.options),
+        "kv_cache": m.runtime_info.get("kv_cache"),
         "threads": w.threads,
         "prompt_tokens": w.prompt_tokens,
         "decode_tokens": w.decode_tokens,

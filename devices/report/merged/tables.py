@@ -217,6 +217,7 @@ def projected(found: Sequence[Projected]) -> Table:
             "; ".join(f"{number(b / 1e9)} GB: {'yes' if ok else 'no'}" for b, ok in p.fits) or NONE,
             p.error,
             p.basis,
+            "; ".join(p.notes) or NONE,
             _expected(p),
             megabytes(p.need_bytes),
         )
@@ -224,9 +225,9 @@ def projected(found: Sequence[Projected]) -> Table:
     )
     columns = (
         *("Model", "Runtime", "Device", "Work", "Would fit", "Error of the same model"),
-        *("Projected from", "Decode, tokens/s, projected", "Needs, MB, projected"),
+        *("Projected from", "Notes", "Decode, tokens/s, projected", "Needs, MB, projected"),
     )
-    return Table(f"{PROJECTED}: devices that were not at hand", columns, rows, 7)
+    return Table(f"{PROJECTED}: devices that were not at hand", columns, rows, 8)
 
 
 def _expected(p: Projected) -> str:

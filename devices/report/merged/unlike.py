@@ -38,6 +38,7 @@ def why_unlike(case: Case, other: Case, *, artifact: bool = True) -> list[str]:
         found.append(_said("workload", f"threads {a.workload.threads}", f"{b.workload.threads}"))
     if a.prompt_sha256 != b.prompt_sha256:
         found.append(_said("prompt", a.prompt_sha256[:8], b.prompt_sha256[:8]))
+    found += _options(a, b)
     found += _protocol(a.protocol, b.protocol)
     if a.runtime != b.runtime:
         found.append(_said("runtime", a.runtime, b.runtime))
@@ -63,6 +64,20 @@ def _protocol(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     names = sorted({*a, *b} - set(CIRCUMSTANCES))
     differ = [name for name in names if a.get(name) != b.get(name)]
     return [f"other protocol ({', '.join(differ)})"] if differ else []
+
+
+def _options(a: MeasurementRecord, b: MeasurementRecord) -> list[str]:
+    """What was asked of the runtime and, of one runtime, the type that its cache had in the end:
+    a default may change."""
+    found = [
+        _said("option", f"{name} {a.options.get(name, 'not set')}", b.options.get(name, "not set"))
+        for name in sorted({*a.options, *b.options})
+        if a.options.get(name) != b.options.get(name)
+    ]
+    mine, theirs = (m.runtime_info.get("kv_cache") for m in (a, b))
+    if a.runtime == b.runtime and mine and theirs and mine != theirs:
+        found.append(_said("KV cache", str(mine), str(theirs)))
+    return found
 
 
 def _said(what: str, mine: str, theirs: str) -> str:

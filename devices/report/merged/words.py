@@ -37,9 +37,10 @@ DEFINITIONS: Facts = [
     ),
     (
         "Not comparable",
-        "another artifact (its hash), workload, prompt (its hash), protocol, runtime or major "
-        "version of the runtime than most of the row has; the first two numbers of a version "
-        "count where it begins with 0. The figure itself is in the table of speeds.",
+        "another artifact (its hash), workload, prompt (its hash), protocol, option, type of KV "
+        "cache, runtime or major version of the runtime than most of the row has; the first two "
+        "numbers of a version count where it begins with 0. The figure itself is in the table of "
+        "speeds.",
     ),
     (
         "Machine",
@@ -131,11 +132,13 @@ def quality_words(merged: Merged) -> str:
 
 
 def energy_words(merged: Merged) -> Facts:
-    """Why energy is missing, each reason once."""
+    """Why energy is missing, in whole or in part, each reason once."""
     reasons: dict[str, list[str]] = {}
     for case in merged.cases:
+        why = case.measurement.energy_reason
         if not case.measurement.energy:
-            why = case.measurement.energy_reason or "not measured by this run"
+            why = why or "not measured by this run"
+        if why:
             reasons.setdefault(why, []).append(case.place.name)
     return [(", ".join(dict.fromkeys(where)), why) for why, where in reasons.items()]
 

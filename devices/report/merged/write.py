@@ -17,6 +17,7 @@ from shortstack.devices.report.merged import tables, words
 from shortstack.devices.report.merged.depth import depth_lines
 from shortstack.devices.report.merged.front import fronts
 from shortstack.devices.report.merged.gain import gains
+from shortstack.devices.report.merged.held import would_hold
 from shortstack.devices.report.merged.llama_bench import llama_bench_rows, llama_bench_table
 from shortstack.devices.report.merged.machine_table import machine_table
 from shortstack.devices.report.merged.matrix import rows
@@ -111,6 +112,7 @@ def _content(merged: Merged) -> dict[str, Any]:
                 "runs-this",
                 "Which of them runs this",
                 tables.runs_this(merged),
+                would_hold(merged.cases),
                 tables.projected(merged.projected),
             ),
             _section("speed", "Speed", tables.side_by_side(compared, places), tables.speed(merged)),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from shortstack.devices.fit import DTYPE_BYTES
 from shortstack.devices.roofline.share import Record, batch, device_kind
 from shortstack.devices.stats import median
 from shortstack.errors import ShortstackError
@@ -27,6 +28,7 @@ class Target:
     runtime: str
     sha256: str
     size_bytes: int
+    """Of the weights as they are held while they run."""
     weight_bytes_per_token: int
     kv_bytes_per_token: int | None
     context_tokens: int
@@ -89,10 +91,6 @@ class Fit:
     def fits(self) -> bool:
         return self.spare_bytes >= 0
 
-    def to_dict(self) -> dict[str, Any]:
-        more = {"usable_bytes": self.usable_bytes, "spare_bytes": self.spare_bytes}
-        return {**asdict(self), **more, "fits": self.fits}
-
 
 def fits(need_bytes: int, have_bytes: int, kind: str) -> Fit:
     """Whether a device of that memory and kind (gpu, cpu, unified) holds what is needed."""
@@ -116,12 +114,20 @@ def target(record: Record, context_tokens: int | None = None) -> Target:
         label=record["label"],
         runtime=record["runtime"],
         sha256=artifact["sha256"],
-        size_bytes=artifact["size_bytes"],
+        size_bytes=weight_bytes(artifact),
         weight_bytes_per_token=artifact["weight_bytes_per_token"],
         kv_bytes_per_token=record.get("kv_bytes_per_token"),
         context_tokens=held_tokens(record) if context_tokens is None else context_tokens,
         batch=batch(record),
     )
+
+
+def weight_bytes(artifact: Mapping[str, Any]) -> int:
+    """Bytes that an artifact's weights take once loaded: those of the file, but a checkpoint is
+    converted to the type that it runs in, which its precision names."""
+    spec = artifact["spec"]
+    width = DTYPE_BYTES.get(spec["precision"]) if spec["format"] == "checkpoint" else None
+    return int(artifact["size_bytes"] if width is None else artifact["n_params"] * width)
 
 
 def held_tokens(record: Record) -> int:
@@ -149,21 +155,3 @@ def overhead_bytes(record: Record) -> float | None:
     if peak is None or own.cache_bytes is None:
         return None
     return peak - own.size_bytes - own.cache_bytes
-
-
-def machine(record: Record) -> tuple[str, int, str] | None:
-    """The device that a record was made on: name, memory in bytes, kind; None where its memory is
-    not known. A container's limit counts where it is below the machine's memory."""
-    device, info = record.get("device", "cpu"), record.get("device_info", {})
-    kind = device_kind(device)
-    host: Mapping[str, Any] = record["host"]
-    if kind == "gpu":
-        have = info.get("vram_bytes")
-        return (info.get("name") or device, int(have), kind) if have else None
-    limits: Sequence[int | None] = (
-        host.get("ram_bytes"),
-        (host.get("cgroup") or {}).get("memory_bytes"),
-    )
-    known = [limit for limit in limits if limit]
-    name = (host.get("cpu") or {}).get("model") or device
-    return (name, min(known), kind) if known else None

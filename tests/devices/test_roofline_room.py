@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from shortstack.devices.roofline.fits import (
+from shortstack.devices.roofline.places import Seat, places
+from shortstack.devices.roofline.room import (
     GIB,
     Target,
     fits,
-    machine,
     need,
     overhead_bytes,
     target,
 )
-from shortstack.devices.roofline.places import ELSEWHERE, MEASURED, places
 from shortstack.errors import ShortstackError
 
 from .roofline_sample import GB, a_record
@@ -71,49 +68,60 @@ def test_the_overhead_is_what_a_run_held_beyond_weights_and_cache() -> None:
     assert overhead_bytes({**card, "memory": []}) is None
 
 
-def test_a_container_s_limit_is_what_the_machine_has() -> None:
-    record = a_record(step_s=1, device="cpu")
-    assert machine(record) == ("A CPU", 16 * GIB, "cpu")
-    record["host"]["cgroup"] = {"cpu_cores": None, "memory_bytes": 4 * GIB}
-    assert machine(record) == ("A CPU", 4 * GIB, "cpu")
-    card = a_record(step_s=1)
-    assert machine(card) == ("NVIDIA H200", 140 * GIB, "gpu")
-    assert machine({**card, "device_info": {}}) is None
+H200 = Seat("NVIDIA H200", "gpu", 140 * GIB)
+L4 = Seat("NVIDIA L4", "gpu", 24 * GIB)
+LAPTOP = Seat("A CPU", "cpu", 16 * GIB)
 
 
-def test_every_model_is_placed_on_every_machine_with_where_its_overhead_is_from() -> None:
+def test_every_model_is_placed_where_it_was_not_run() -> None:
     big = a_record(step_s=1, weights=100 * GB, label="big")
-    small = a_record(step_s=1, weights=2 * GB, label="small", name="NVIDIA L4")
-    small["device_info"]["vram_bytes"] = 24 * GIB
-    laptop = a_record(step_s=1, weights=2 * GB, label="small", device="cpu")
-    rows = {(p.target.label, p.machine): p for p in places([big, small, laptop])}
-    assert len(rows) == 6
-    held = {key: row.fit.fits for key, row in rows.items() if row.fit}
-    assert held == {
-        ("big", "NVIDIA H200"): True,
+    small = a_record(step_s=1, weights=2 * GB, label="small")
+    on_cpu = a_record(step_s=1, weights=2 * GB, label="small", device="cpu")
+    found = places([(big, H200), (small, L4), (on_cpu, LAPTOP)])
+    assert {(p.target.label, p.seat.name): p.fit and p.fit.fits for p in found} == {
         ("big", "NVIDIA L4"): False,
         ("big", "A CPU"): False,
         ("small", "NVIDIA H200"): True,
-        ("small", "NVIDIA L4"): True,
-        ("small", "A CPU"): True,
     }
-    assert rows["big", "NVIDIA H200"].overhead_from == MEASURED
-    assert rows["big", "NVIDIA L4"].overhead_from == ELSEWHERE
-    assert all(json.loads(json.dumps(row.to_dict())) for row in rows.values())
 
 
-def test_a_longer_context_can_be_what_does_not_fit() -> None:
-    record = a_record(step_s=1, weights=2 * GB, kv=500_000, device="cpu")
-    (short,), (long,) = places([record], 1000), places([record], 100_000)
-    assert short.fit is not None
-    assert long.fit is not None
-    assert (short.fit.fits, long.fit.fits) == (True, False)
+def test_the_longest_context_is_what_must_fit() -> None:
+    short = a_record(step_s=1, weights=2 * GB, kv=500_000)
+    long = a_record(step_s=1, weights=2 * GB, kv=500_000, depth_tokens=100_000)
+    other = a_record(step_s=1, label="other")
+    fit = {
+        n: next(p.fit for p in places([*own, (other, L4)]) if p.target.label == "original")
+        for n, own in enumerate(([(short, H200)], [(short, H200), (long, H200)]))
+    }
+    assert [made and made.fits for made in fit.values()] == [True, False]
 
 
 def test_what_cannot_be_told_gives_the_reason() -> None:
-    watched = a_record(step_s=1, device="cpu")
+    card = a_record(step_s=1)
     unwatched = {**a_record(step_s=1, runtime="onnxruntime", device="cpu"), "memory": []}
-    reasons = [p.reason for p in places([watched, unwatched])]
-    assert reasons == [None, "onnxruntime was never watched for memory on a device of this kind"]
-    unknown = places([a_record(step_s=1, kv=None)])[0]
-    assert unknown.reason == "the cache's bytes a token are unknown"
+    assert [p.reason for p in places([(card, H200), (unwatched, LAPTOP)])] == [
+        "llama.cpp was never watched for memory on a device of this kind",
+        "onnxruntime was never watched for memory on a device of this kind",
+    ]
+    other = (a_record(step_s=1, label="other"), Seat("A card", "gpu", None))
+    reasons = {p.seat.name: p.reason for p in places([(card, H200), other])}
+    assert reasons == {"A card": "the device's memory is unknown", "NVIDIA H200": None}
+    unknown = a_record(step_s=1, kv=None, label="unknown")
+    (found,) = [p for p in places([(card, H200), (unknown, L4)]) if p.target.label == "unknown"]
+    assert found.reason == "the cache's bytes a token are unknown"
+
+
+def test_options_that_nobody_else_ran_with_are_no_basis() -> None:
+    asked = {**a_record(step_s=1, label="asked", device="cpu"), "options": {"kv_type": "q4_0"}}
+    card = a_record(step_s=1, label="card")
+    (found,) = [p for p in places([(asked, LAPTOP), (card, H200)]) if p.target.label == "asked"]
+    assert found.fit is None
+
+
+def test_a_checkpoint_takes_what_it_is_loaded_as() -> None:
+    record = a_record(step_s=0.01, weights=13.4 * GB, runtime="pytorch", precision="float32")
+    assert target(record).size_bytes == round(13.4 * GB)
+    record["artifact"]["spec"]["format"] = "checkpoint"
+    assert target(record).size_bytes == 4 * 6_700_000_000
+    record["artifact"]["spec"]["precision"] = "bfloat16"
+    assert target(record).size_bytes == 2 * 6_700_000_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shortstack.devices.roofline.fit import fit_line, leave_one_out
+from shortstack.devices.roofline.least_squares import fit_line, leave_one_out
 
 
 def test_a_known_law_comes_back() -> None:
