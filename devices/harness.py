@@ -17,6 +17,7 @@ from shortstack.devices.fit import kv_bytes_per_token, refusal
 from shortstack.devices.host import describe
 from shortstack.devices.journal import Journal
 from shortstack.devices.measurement import Failure, Measurement, MemoryTrial, Trial
+from shortstack.devices.nvidia import ORDER
 from shortstack.devices.protocol import Protocol
 from shortstack.devices.schedule import Case, Step, schedule
 from shortstack.devices.workload import Prompt, Workload
@@ -236,6 +237,7 @@ def _call(step: Step, case: Case, request: Mapping[str, Any], timeout_s: float) 
             timeout_s=timeout_s,
             what=what,
             progress=entered,
+            env=ORDER,
         )
     except child.ChildCrashError as error:
         return failed(error.kind, error, error.signal_name)

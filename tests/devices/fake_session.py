@@ -39,7 +39,12 @@ class KnownSession:
 
     @property
     def info(self) -> dict[str, Any]:
-        return {"runtime": "fake", "version": "1", "threads": self._threads}
+        return {
+            "runtime": "fake",
+            "version": "1",
+            "threads": self._threads,
+            "order": os.environ.get("CUDA_DEVICE_ORDER"),
+        }
 
     def prefill(self, tokens: Sequence[int], *, all_logits: bool = False) -> NDArray[np.float32]:
         time.sleep(self._prefill_s)

@@ -27,6 +27,20 @@ def test_a_model_twice_as_fast_shows_as_faster(
         assert fast > slow
 
 
+def test_a_trial_numbers_cards_as_the_list_of_devices_does(
+    opener: str,
+    make_case: MakeCase,
+    workload: Workload,
+    prompt: Prompt,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    (measured,) = measure(
+        [make_case("instant")], workload, prompt, protocol=Protocol(opener=opener)
+    )
+    assert measured.runtime_info["order"] == "PCI_BUS_ID"
+
+
 def test_progress_counts_every_trial(
     opener: str, make_case: MakeCase, workload: Workload, prompt: Prompt
 ) -> None:
