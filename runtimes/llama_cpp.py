@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from shortstack.errors import ShortstackError
 from shortstack.libllama import clear_log, has_amx, last_words, libllama, system_info
+from shortstack.llama_devices import handles, list_of, named
 from shortstack.runtimes.capabilities import device_kind
 
 BATCH = 512
@@ -95,8 +96,10 @@ class LlamaCppSession:
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = self._gpu_layers()
         if self._choice.offloads:
+            alone = list_of(self._pointer())
+            params.devices = ctypes.cast(alone, ctypes.c_void_p)
             params.split_mode = self._lib.LLAMA_SPLIT_MODE_NONE
-            params.main_gpu = device_kind(self._choice.device)[1]
+            params.main_gpu = 0  # of that list
         params.use_extra_bufts = not self._amx_avoided
         model = self._lib.llama_model_load_from_file(str(path).encode(), params)
         if not model:
@@ -106,14 +109,25 @@ class LlamaCppSession:
             )
         return model
 
-    def _gpu_layers(self) -> int:
-        if not self._choice.offloads:
-            return 0
+    def _pointer(self) -> int:
+        """Of the device in llama.cpp's list. Raises ShortstackError where it is not there."""
+        kind, number = device_kind(self._choice.device)
         if not self._lib.llama_supports_gpu_offload():
             raise ShortstackError(
                 f"this llama.cpp was built for the CPU alone, {self._choice.device} is asked for. "
                 "Build it for the device: shortstack doctor says how"
             )
+        found = named(f"{kind}:{number}")
+        if found is None:
+            raise ShortstackError(
+                f"this llama.cpp has no {kind}:{number}, it has: {', '.join(handles())}. "
+                "Build it for the device: shortstack doctor says how"
+            )
+        return found[1]
+
+    def _gpu_layers(self) -> int:
+        if not self._choice.offloads:
+            return 0
         wanted = self._choice.gpu_layers
         return 1_000_000 if wanted == "all" else int(wanted)  # more than any model has
 

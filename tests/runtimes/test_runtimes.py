@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -259,3 +260,31 @@ def test_a_missing_package_names_the_pip_command(
     path = files[RUNTIMES[runtime][0]]
     with pytest.raises(MissingExtraError, match=rf"pip install 'shortstack\[{extra}\]'"):
         open_session(path, runtime, threads=1, context_tokens=4)
+
+
+def test_llama_cpp_opens_the_device_that_is_named_not_the_nth_of_its_own_list(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp leaves integrated graphics out of its list, so that numbers move."""
+    import ctypes
+
+    from shortstack import llama_devices
+    from shortstack.libllama import libllama
+
+    here = {"Vulkan0": 11, "CUDA0": 22, "CUDA1": 33}
+    given: list[int] = []
+
+    def load(path: bytes, params: Any) -> None:
+        given.append(ctypes.cast(params.devices, ctypes.POINTER(ctypes.c_void_p))[0])
+        assert ctypes.cast(params.devices, ctypes.POINTER(ctypes.c_void_p))[1] is None
+        assert params.main_gpu == 0
+
+    monkeypatch.setattr(llama_devices, "handles", lambda: here)
+    monkeypatch.setattr(libllama(), "llama_supports_gpu_offload", lambda: True)
+    monkeypatch.setattr(libllama(), "llama_model_load_from_file", load)
+    for device in ("cuda:1", "vulkan:0", "cuda"):
+        with pytest.raises(ShortstackError, match="cannot open"):
+            open_session(files["gguf"], "llama.cpp", threads=1, context_tokens=4, device=device)
+    assert given == [33, 11, 22]
+    with pytest.raises(ShortstackError, match="has no metal:0, it has"):
+        open_session(files["gguf"], "llama.cpp", threads=1, context_tokens=4, device="metal:0")
