@@ -208,6 +208,7 @@ class _Campaign:
                     protocol=self._protocol.to_dict(),
                     device=case.device,
                     device_info=case.device_info,
+                    options=dict(case.options),
                     kv_bytes_per_token=kv_bytes_per_token(path, case.artifact.format, cache),
                     energy=log.energy,
                     energy_reason=log.energy_reason,

@@ -103,6 +103,8 @@ class Measurement:
     failure: Failure | None = None
     device: str = "cpu"
     device_info: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict)
+    """The runtime's, as they were asked for: `kv_type`, `gpu_layers`, ..."""
     kv_bytes_per_token: int | None = None
     """Of one sequence, from the model's shape and the type of the cache."""
     energy: tuple[Mapping[str, Any], ...] = ()

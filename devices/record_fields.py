@@ -124,6 +124,7 @@ class MeasurementRecord(Checked):
     runtime_info: dict[str, Any]
     device: str
     device_info: dict[str, Any] = {}
+    options: dict[str, str] = {}
     artifact: ArtifactRecord
     workload: WorkloadRecord
     prompt_sha256: str

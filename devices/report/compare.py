@@ -87,6 +87,7 @@ def why_unlike(a: Measurement | None, b: Measurement | None) -> str | None:
         "prompt": (a.prompt_sha256, b.prompt_sha256),
         "machine": (a.host.get("cpu"), b.host.get("cpu")),
         "device": (a.device, b.device),
+        "options": (a.options, b.options),
         "protocol": (a.protocol, b.protocol),
         "runtime version": (a.runtime_info.get("version"), b.runtime_info.get("version")),
     }

@@ -17,6 +17,7 @@ from shortstack.devices import energy as counters
 from shortstack.devices import harness, worker
 from shortstack.devices.harness import measure
 from shortstack.devices.journal import Journal
+from shortstack.devices.measurement import Measurement
 from shortstack.devices.pace import Pace, in_words
 from shortstack.devices.protocol import Protocol
 from shortstack.devices.workload import Prompt, Workload
@@ -139,6 +140,20 @@ def test_cases_with_their_own_workload_and_prompt_run_them(
     short, long = measure(cases, workload, prompt, protocol=Protocol(opener=opener))
     assert (short.workload.prompt_tokens, long.workload.prompt_tokens) == (4, 6)
     assert (short.prompt_sha256, long.prompt_sha256) == (prompt.sha256, numbers.sha256)
+
+
+def test_the_options_of_the_runtime_are_in_the_record(
+    opener: str, make_case: MakeCase, workload: Workload, prompt: Prompt
+) -> None:
+    asked = (("gpu_layers", "20"), ("kv_type", "q8_0"))
+    cases = [
+        dataclasses.replace(make_case("instant"), options=asked),
+        make_case("instant", "pruned"),
+    ]
+    given, default = measure(cases, workload, prompt, protocol=Protocol(opener=opener))
+    assert given.to_dict()["options"] == dict(asked)
+    assert Measurement.from_dict(given.to_dict()).options == dict(asked)
+    assert default.options == {}
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(

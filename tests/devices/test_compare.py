@@ -82,6 +82,7 @@ def test_a_crash_gives_a_reason_and_keeps_the_sizes(pair: tuple[Entry, Entry]) -
         ({"prompt_sha256": "0" * 64}, "prompt"),
         ({"host": {"cpu": {"model": "another"}}}, "machine"),
         ({"device": "cuda:0"}, "device"),
+        ({"options": {"kv_type": "q8_0"}}, "options"),
         ({"protocol": {"order": "one after the other"}}, "protocol"),
         ({"runtime_info": {"version": "2.0"}}, "runtime version"),
     ],

@@ -74,7 +74,7 @@ def test_a_newer_schema_is_refused(measured: Measurement) -> None:
 
 def test_a_record_of_schema_1_is_still_read(measured: Measurement) -> None:
     data = measured.to_dict()
-    new = ("device_info", "kv_bytes_per_token", "energy", "energy_reason")
+    new = ("device_info", "options", "kv_bytes_per_token", "energy", "energy_reason")
     old = {k: v for k, v in data.items() if k not in new} | {"schema": 1}
     counts = ("depth_tokens", "batch", "cooldown_s", "time_budget_s")
     old["workload"] = {k: v for k, v in data["workload"].items() if k not in counts}
