@@ -185,6 +185,7 @@ def test_runtimes_that_cannot_are_left_out_and_told(
         (["--device", "cuda:99"], "'cuda:99'"),
         (["--option", "kv_type=q9"], "kv_type is 'q9', it must be one of"),
         (["--option", "dtype=float16"], "unknown option of llama.cpp 'dtype'"),
+        (["--option", "dtype=fp16"], "dtype is 'fp16', it must be one of: float32"),
         (["--option", "kv_type"], "is not NAME=VALUE"),
         (["--prompt-tokens", "100000"], "was made for 512 tokens, 100,004 are asked for"),
         (["--threads", "5000"], "5000 threads are asked for"),
@@ -197,6 +198,31 @@ def test_bad_options_give_one_line_and_leave_nothing(
     out = tmp_path / "out"
     assert words in fails(["bench", str(gguf), "-o", str(out), *SMALL, *options], capsys)
     assert not out.exists()
+
+
+def test_a_word_that_no_runtime_takes_is_refused_for_a_checkpoint_too(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bench", str(tiny), "-o", str(tmp_path / "out"), *SMALL, "--option", "dtype=fp16"]
+    assert "dtype is 'fp16', it must be one of: float32" in fails(command, capsys)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"model": 3}', "\udcff", "[" * 100_000])
+@pytest.mark.parametrize("name", ["config.json", "genai_config.json", "model.onnx"])
+def test_damaged_files_of_a_folder_give_one_line(
+    name: str, damage: str, onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(onnx, folder, ignore=shutil.ignore_patterns("shortstack.json"))
+    if name == "config.json":
+        (folder / "genai_config.json").unlink()
+    (folder / name).write_bytes(damage.encode(errors="surrogateescape"))
+    command = ["bench", str(folder), "-o", str(tmp_path / "out"), *SMALL, "--dry-run"]
+    if damage == '{"model": 3}' and name != "model.onnx":
+        assert main([*command, "--json"]) in (0, 2)
+        assert "Traceback" not in capsys.readouterr().err
+    else:
+        assert str(folder / name) in fails(command, capsys)
 
 
 def test_places_that_are_no_model_or_not_ours_are_refused(

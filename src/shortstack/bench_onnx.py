@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # it has no stubs
+
+from shortstack.errors import ShortstackError, one_line
 
 PAST_KEY = re.compile(r"past_key_values\.\d+\.key$")
 PACKED = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
@@ -28,8 +31,16 @@ class GraphFacts:
 
 
 def graph_facts(model: Path) -> GraphFacts:
-    """Read the graph, not its data. Tables of scales and zero points are no parameters."""
-    graph = ir.load(model).graph
+    """Read the graph, not its data. Tables of scales and zero points are no parameters.
+
+    Raises ShortstackError for a file that is no ONNX model.
+    """
+    try:
+        graph = ir.load(model).graph
+    except (DecodeError, OSError, ValueError) as error:
+        raise ShortstackError(
+            f"{model} is no ONNX model: {one_line(str(error), 200)}. Export it again."
+        ) from None
     layers = sum(PAST_KEY.search(value.name or "") is not None for value in graph.inputs)
     sizes: Counter[str] = Counter()
     for value in graph.initializers.values():

@@ -112,6 +112,7 @@ def make_plan(models: Sequence[str], choice: BenchChoice) -> Plan:
     """
     check_threads(choice.threads)
     capabilities.device_kind(choice.device)
+    _check_words(choice.options)
     lengths = tuple(dict.fromkeys(choice.prompt_tokens))
     workloads = [choice.workload(length) for length in lengths]
     artifacts = [benchable(name, choice.options.get("dtype", "float32")) for name in models]
@@ -184,16 +185,21 @@ def _why_not(artifact: Artifact, runtime: str, choice: BenchChoice) -> str | Non
     return None
 
 
+def _check_words(options: Mapping[str, str]) -> None:
+    """An option with a word that no runtime takes is refused before a model is looked at."""
+    for name, value in options.items():
+        for runtime, row in capabilities.CAPABILITIES.items():
+            if name in row.options:
+                capabilities.check(runtime, "cpu", 1, {name: value})
+
+
 def _check_options(cases: Sequence[Case], options: Mapping[str, str]) -> None:
-    """Every option must be of some runtime that runs, with a word that it takes."""
+    """Every option must be of some runtime that runs."""
     runtimes = list(dict.fromkeys(case.runtime for case in cases))
     offered = {name for r in runtimes for name in capabilities.CAPABILITIES[r].options}
-    for name, value in options.items():
+    for name in options:
         if name not in offered:
             raise unknown(f"option of {', '.join(runtimes)}", name, offered)
-        for runtime in runtimes:
-            if name in capabilities.CAPABILITIES[runtime].options:
-                capabilities.check(runtime, "cpu", 1, {name: value})
 
 
 def _check_context(artifact: Artifact, workloads: Sequence[Workload]) -> None:
