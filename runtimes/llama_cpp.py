@@ -201,7 +201,8 @@ class LlamaCppSession:
             batch.logits[slot] = last and column == width - 1
 
     def _empty_cache(self) -> None:
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        # False: cells are freed, not zeroed; zeroing a long cache takes longer than a short prompt
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
         self._past = 0
 
     def resume(self, keep: int, tokens: Sequence[int]) -> NDArray[np.float32] | None:

@@ -111,15 +111,21 @@ class OrtSession:
     ) -> Any:
         """Bind all but the mask, whose length changes with every token."""
         binding = self._session.io_binding()
-        binding.bind_ortvalue_input("input_ids", self._value(tokens))
-        if "position_ids" in self._inputs:
-            binding.bind_ortvalue_input("position_ids", self._value(positions))
+        self._bind_ids(binding, tokens, positions)
         if logits is None:
             binding.bind_output("logits", *HOST)
         else:
             binding.bind_ortvalue_output("logits", self._value(logits))
         self._bind_cache(binding)
         return binding
+
+    def _bind_ids(
+        self, binding: Any, tokens: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> None:
+        """On the host the binding sees later values too, on a device it copies these."""
+        binding.bind_ortvalue_input("input_ids", self._value(tokens))
+        if "position_ids" in self._inputs:
+            binding.bind_ortvalue_input("position_ids", self._value(positions))
 
     def _bind_cache(self, binding: Any) -> None:
         for name, value in zip(self._past_names, self._cache, strict=True):
@@ -190,9 +196,9 @@ class OrtSession:
         """One token a row through the binding that is kept; logits, shape (batch, vocab)."""
         self._token[:] = tokens
         self._position[:] = self._past
-        if self._device != HOST:  # binding copies to the device, so it is done anew
-            self._step = self._bind(self._token, self._position, self._row)
-        elif not self._shared:
+        if self._device != HOST:
+            self._bind_ids(self._step, self._token, self._position)
+        if not self._shared:
             self._bind_cache(self._step)
         self._run(self._step, 1)
         return np.array(self._row[:, 0], np.float32)

@@ -288,3 +288,63 @@ def test_llama_cpp_opens_the_device_that_is_named_not_the_nth_of_its_own_list(
     assert given == [33, 11, 22]
     with pytest.raises(ShortstackError, match="has no metal:0, it has"):
         open_session(files["gguf"], "llama.cpp", threads=1, context_tokens=4, device="metal:0")
+
+
+def test_no_cache_is_zeroed_or_made_anew_while_a_prompt_is_timed(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shortstack.libllama import libllama
+
+    lib = libllama()
+    zeroed: list[bool] = []
+    clear = lib.llama_memory_clear
+
+    def watched(memory: Any, data: bool) -> None:
+        zeroed.append(data)
+        clear(memory, data)
+
+    monkeypatch.setattr(lib, "llama_memory_clear", watched)
+    with open_session(files["gguf"], "llama.cpp", threads=1, context_tokens=16) as session:
+        session.prefill(TOKENS)
+    assert zeroed == [False]
+    genai = pytest.importorskip("onnxruntime_genai")
+    made = []
+
+    def counted(*given: Any) -> Any:
+        made.append(1)
+        return build(*given)
+
+    build = genai.Generator
+    monkeypatch.setattr(genai, "Generator", counted)
+    with open_session(files["onnx"], "onnxruntime-genai", threads=1, context_tokens=16) as session:
+        before = len(made)
+        first = session.prefill(TOKENS)
+        session.decode(5)
+        np.testing.assert_array_equal(session.prefill(TOKENS), first)
+    assert (before, len(made)) == (1, 1)
+
+
+def test_a_step_binds_its_ids_and_not_the_cache_where_that_is_shared(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shortstack.runtimes import ort
+
+    session = ort.open_session(files["onnx"], threads=1, context_tokens=16)
+    with session:
+        assert session.info["kv_cache_shared"]
+        session.prefill(TOKENS[:5])
+        expected = [session.decode(token) for token in TOKENS[5:7]]
+        session.prefill(TOKENS[:5])
+        monkeypatch.setattr(ort, "HOST", ("cpu", 1))  # as on a card
+        monkeypatch.setattr(session, "_bind", lambda *_: pytest.fail("all was bound anew"))
+        monkeypatch.setattr(session, "_bind_cache", lambda *_: pytest.fail("the cache was bound"))
+        again = [session.decode(token) for token in TOKENS[5:7]]
+    np.testing.assert_array_equal(again, expected)
+
+
+def test_genai_decodes_nothing_before_a_prompt(files: dict[str, Path]) -> None:
+    with open_session(files["onnx"], "onnxruntime-genai", threads=1, context_tokens=4) as session:
+        with pytest.raises(ShortstackError, match="needs a prefill"):
+            session.decode(1)
+        assert isinstance(session, Resumable)
+        assert session.resume(1, [2]) is None
