@@ -17,6 +17,7 @@ from shortstack.runtimes.capabilities import device_kind
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)$")
 HOST = ("cpu", 0)
+CUDA = "CUDAExecutionProvider"
 
 
 class OrtSession:
@@ -249,25 +250,46 @@ def _open(onnxruntime: Any, path: Path, threads: int, device: tuple[str, int]) -
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     try:
-        return onnxruntime.InferenceSession(
-            str(file), options, providers=_providers(onnxruntime, device)
+        session = onnxruntime.InferenceSession(
+            str(file), options, providers=providers(onnxruntime, device)
         )
     except _errors(onnxruntime) as error:
         raise ShortstackError(
             f"onnxruntime cannot open {file}: {one_line(str(error), 300)}. Export it again."
         ) from None
+    check_in_force(session, device)
+    return session
 
 
-def _providers(onnxruntime: Any, device: tuple[str, int]) -> list[Any]:
+def providers(onnxruntime: Any, device: tuple[str, int]) -> list[Any]:
+    """What to ask a session for. Raises ShortstackError where this build has none for the device.
+
+    The CUDA libraries of NVIDIA's packages are loaded first: the provider looks for them in the
+    system's folders alone.
+    """
     kind, number = device
     if kind == "cpu":
         return ["CPUExecutionProvider"]
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+    if CUDA not in onnxruntime.get_available_providers():
         raise ShortstackError(
             "this onnxruntime has no CUDA provider. Run: pip uninstall onnxruntime; "
             "pip install 'shortstack[cuda]'"
         )
-    return [("CUDAExecutionProvider", {"device_id": number}), "CPUExecutionProvider"]
+    onnxruntime.preload_dlls()
+    return [(CUDA, {"device_id": number}), "CPUExecutionProvider"]
+
+
+def check_in_force(session: Any, device: tuple[str, int]) -> None:
+    """onnxruntime goes on with the CPU, without a word, where a library of CUDA is missing.
+
+    Raises ShortstackError.
+    """
+    kind, number = device
+    if kind == "cuda" and CUDA not in session.get_providers():
+        raise ShortstackError(
+            f"the CUDA libraries of onnxruntime do not load, cuda:{number} would be the CPU. "
+            "Run: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        )
 
 
 def _errors(onnxruntime: Any) -> tuple[type[Exception], ...]:

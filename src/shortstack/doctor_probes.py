@@ -70,22 +70,20 @@ def onnxruntime(request: Mapping[str, Any]) -> dict[str, str]:
     import numpy as np
     import onnxruntime as ort
 
-    provider = "CPUExecutionProvider" if request["device"] == "cpu" else "CUDAExecutionProvider"
+    from shortstack.runtimes.capabilities import device_kind
+    from shortstack.runtimes.ort import CUDA, check_in_force, providers
+
+    device = device_kind(request["device"])
     offered = ort.get_available_providers()
     names = ", ".join(name.removesuffix("ExecutionProvider") for name in offered)
-    if provider not in offered:
+    if device[0] == "cuda" and CUDA not in offered:
         return {"lacks": f"this build has no CUDA provider, it has: {names}"}
-    options: dict[str, str] = {}
-    if provider.startswith("CUDA"):
-        options = {"device_id": request["device"].partition(":")[2]}
-        ort.preload_dlls()
     ort.disable_telemetry_events()
     ort.set_default_logger_severity(4)
     with tempfile.TemporaryDirectory() as folder:
         path = write_tiny_onnx(Path(folder))
-        session = ort.InferenceSession(str(path), providers=[(provider, options)])
-    if provider not in session.get_providers():  # it goes on with the CPU when a library is missing
-        raise ShortstackError(f"the CUDA libraries of onnxruntime do not load; it has: {names}")
+        session = ort.InferenceSession(str(path), providers=providers(ort, device))
+    check_in_force(session, device)
     (logits,) = session.run(["logits"], decoder_inputs(PROMPT))
     _check("onnxruntime", bool(np.allclose(logits[0, -1], decoder_answer(PROMPT), atol=1e-3)))
     return {"fact": f"runs a tiny decoder on {request['device']}; providers: {names}"}

@@ -348,3 +348,23 @@ def test_genai_decodes_nothing_before_a_prompt(files: dict[str, Path]) -> None:
             session.decode(1)
         assert isinstance(session, Resumable)
         assert session.resume(1, [2]) is None
+
+
+def test_a_card_that_onnxruntime_silently_leaves_is_an_error(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine with onnxruntime-gpu and without cuDNN: the session has the CPU alone."""
+    ort = pytest.importorskip("onnxruntime")
+    loaded: list[int] = []
+    build = ort.InferenceSession
+
+    def on_the_cpu(*given: Any, providers: list[Any]) -> Any:
+        assert loaded == [1]
+        assert providers[0] == ("CUDAExecutionProvider", {"device_id": 1})
+        return build(*given, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: loaded.append(1))
+    monkeypatch.setattr(ort, "InferenceSession", on_the_cpu)
+    with pytest.raises(ShortstackError, match=r"onnxruntime-gpu\[cuda,cudnn\]"):
+        open_session(files["onnx"], "onnxruntime", threads=1, context_tokens=4, device="cuda:1")
