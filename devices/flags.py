@@ -67,6 +67,8 @@ def _trials(trials: tuple[Trial, ...]) -> Iterator[str]:
     sittings = {t.conditions.get("sitting", 0) for t in trials}
     if len(sittings) > 1:
         yield f"resumed: the trials come from {len(sittings)} sittings"
+    elif sittings != {0}:
+        yield "resumed: the trials come from a later sitting than the campaign's first"
 
 
 def _device(measurement: Measurement) -> Iterator[str]:

@@ -14,11 +14,13 @@ import pytest
 from tests.command_line import fails
 from tests.devices.json_schema import errors
 
+from shortstack import bench_commands
 from shortstack.artifact import ExportSpec
 from shortstack.bench_models import benchable
 from shortstack.checkpoint import Checkpoint
 from shortstack.cli import main
 from shortstack.devices.measurement import Measurement
+from shortstack.errors import ShortstackError
 from shortstack.export import exporter
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "schema" / "bench-2.schema.json"
@@ -263,6 +265,28 @@ def test_a_broken_model_is_a_recorded_failure(
     assert record(out)["measurements"][1] == good
     lines = (out / "trials.jsonl").read_text(encoding="utf-8").splitlines()
     assert sum('"failure"' in line for line in lines) == 2
+
+
+def test_a_retry_that_is_killed_is_still_a_retry(
+    gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken.gguf"
+    raw = gguf.read_bytes()
+    broken.write_bytes(raw.replace(b"blk.3.attn_norm.weight", b"blk.3.attn_nurm.weight"))
+    out = tmp_path / "out"
+    command = ["bench", str(broken), str(gguf), "-o", str(out), *SMALL, "--json"]
+    assert main(command) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(bench_commands, "measure", lambda *_, **__: killed())
+        assert main(command) == 2
+    assert main(command) == 1
+    capsys.readouterr()
+    lines = (out / "trials.jsonl").read_text(encoding="utf-8").splitlines()
+    assert sum('"failure"' in line for line in lines) == 2
+
+
+def killed() -> None:
+    raise ShortstackError("as if it was killed")
 
 
 def test_ceilings_are_measured_in_the_same_run(

@@ -145,10 +145,11 @@ def _claimed(out: Path, key: str) -> Iterator[_Claim]:
                 "Choose another -o, or remove the folder."
             )
         done = finished(out, key) is not None
-        retry = done and bool(manifest and manifest["failures"])
+        again = done and bool(manifest and manifest["failures"])
         started_at = manifest["started_at"] if manifest else _now()
-        if manifest is None or retry:
-            manifest = _begin(out, key, started_at)
+        if manifest is None or again:
+            manifest = _begin(out, key, started_at, retry=again)
+        retry = bool(manifest.get("retry"))  # also of one that was killed while it tried again
         claim = _Claim(out, key, manifest["run_id"], started_at, done and not retry, retry)
         try:
             yield claim
@@ -161,7 +162,7 @@ def _claimed(out: Path, key: str) -> Iterator[_Claim]:
             raise
 
 
-def _begin(out: Path, key: str, started_at: str) -> dict[str, Any]:
+def _begin(out: Path, key: str, started_at: str, *, retry: bool) -> dict[str, Any]:
     """Write the manifest of a campaign in progress. Each record has an id of its own."""
     manifest = {
         "tool": "shortstack",
@@ -170,6 +171,7 @@ def _begin(out: Path, key: str, started_at: str) -> dict[str, Any]:
         "key": key,
         "run_id": uuid.uuid4().hex,
         "started_at": started_at,
+        "retry": retry,
         "files": UNFINISHED,
     }
     write_text(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")

@@ -116,6 +116,11 @@ def test_each_doubt_has_its_flag(quiet: Measurement) -> None:
         assert words(dataclasses.replace(quiet, trials=(trial, *rest))) == [word]
 
 
+def test_trials_of_a_later_sitting_alone_are_told(quiet: Measurement) -> None:
+    late = tuple(changed(t, conditions={"sitting": 1}) for t in quiet.trials)
+    assert words(dataclasses.replace(quiet, trials=late)) == ["resumed"]
+
+
 def test_reasons_that_slow_nothing_down_are_no_throttling(quiet: Measurement) -> None:
     first, *rest = quiet.trials
     idle = changed(first, device_before={"throttle_reasons": ["idle"]})
