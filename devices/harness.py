@@ -97,7 +97,8 @@ class _Campaign:
         self._work = [(case.workload or workload, case.prompt or prompt) for case in cases]
         _check(cases, self._work)
         self._logs = [_Log() for _ in cases]
-        self._steps = schedule(cases, workload, protocol.seed, self._with_counters())
+        able = self._with_counters()
+        self._steps = schedule(cases, workload, protocol.seed, able, cold=protocol.cold)
         self._pace = pace.Pace()
 
     def _with_counters(self) -> list[int]:

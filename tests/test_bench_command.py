@@ -190,6 +190,7 @@ def test_runtimes_that_cannot_are_left_out_and_told(
         (["--option", "dtype=fp16"], "dtype is 'fp16', it must be one of: float32"),
         (["--option", "kv_type"], "is not NAME=VALUE"),
         (["--prompt-tokens", "100000"], "was made for 512 tokens, 100,004 are asked for"),
+        (["--cold", "--repeats", "1"], "every second load"),
         (["--threads", "5000"], "5000 threads are asked for"),
         (["--text", "missing.txt"], "missing.txt"),
     ],

@@ -111,6 +111,10 @@ def make_plan(models: Sequence[str], choice: BenchChoice) -> Plan:
     Raises ShortstackError for whatever cannot be measured as it is asked for.
     """
     check_threads(choice.threads)
+    if choice.cold and choice.repeats < 2:
+        raise ShortstackError(
+            "--cold is for every second load and --repeats 1 has none. Ask for 2 repeats or more."
+        )
     capabilities.device_kind(choice.device)
     _check_words(choice.options)
     lengths = tuple(dict.fromkeys(choice.prompt_tokens))

@@ -99,6 +99,15 @@ def test_original_and_pruned_are_neighbours_and_alternate(
     assert all(a != b for a, b in zip(leaders, leaders[1:], strict=False))
 
 
+def test_both_lead_among_the_cold_rounds_and_among_the_warm_ones(
+    make_case: MakeCase, workload: Workload
+) -> None:
+    cases = [make_case("instant"), make_case("instant", "pruned")]
+    work = dataclasses.replace(workload, repeats=4)
+    leaders = [step.case for step in schedule(cases, work, seed=3, cold=True)[::2]]
+    assert set(leaders[::2]) == set(leaders[1::2]) == {0, 1}
+
+
 def test_the_order_follows_the_seed(make_case: MakeCase, workload: Workload) -> None:
     cases = four_cases(make_case)
     workload = dataclasses.replace(workload, repeats=6)
