@@ -24,8 +24,8 @@ from shortstack.devices.workload import Prompt, Workload
 from shortstack.errors import ShortstackError
 from shortstack.progress import OnProgress, silent
 
-FOLDERS = re.compile(r"(?<![\w:/.])(?:[A-Za-z]:)?(?:[/\\][^\s/\\:'\"|,]+)+[/\\]")
-"""The folders of an absolute path."""
+FOLDERS = re.compile(r"(?<![\w/.])(?<!:(?=//[^/]))(?:[A-Za-z]:)?(?:[/\\]+[^\s/\\:'\"|,]+)+[/\\]")
+"""The folders of an absolute path, also behind a colon; not the host of a URL."""
 NO_ENERGY = "not asked for"
 
 

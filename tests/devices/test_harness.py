@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shortstack.artifact import Artifact, ExportSpec
-from shortstack.devices.harness import measure
+from shortstack.devices.harness import measure, without_folders
 from shortstack.devices.protocol import Protocol
 from shortstack.devices.schedule import Case, schedule
 from shortstack.devices.workload import Prompt, Workload
@@ -135,3 +135,18 @@ def test_a_real_runtime_goes_through_the_same_harness(tmp_path: Path) -> None:
     assert measured.runtime_info["threads"] == 1
     assert len({trial.output_sha256 for trial in measured.trials}) == 1
     assert measured.memory[0].peak_total_bytes > path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [
+        ("cannot open /home/me/x.bin", "cannot open x.bin"),
+        ("error:/home/me/models/x.bin: no file", "error:x.bin: no file"),
+        ("error: C:\\Users\\me\\x.bin", "error: x.bin"),
+        ("in file:///home/me/x.bin", "in file:x.bin"),
+        ("see https://example.org/docs/page", "see https://example.org/docs/page"),
+        ("half/half and 3 tokens/s", "half/half and 3 tokens/s"),
+    ],
+)
+def test_no_folder_stands_in_a_record(told: str, kept: str) -> None:
+    assert without_folders(told, Path("/data/model.gguf")) == kept
