@@ -92,6 +92,9 @@ def test_a_damaged_record_is_refused_in_one_line(measured: Measurement, missing:
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_field_is_refused(measured: Measurement) -> None:
-    with pytest.raises(ShortstackError, match="damaged"):
-        Measurement.from_dict({**measured.to_dict(), "colour": "red"})
+def test_further_fields_are_left_alone(measured: Measurement) -> None:
+    data = measured.to_dict() | {"colour": "red"}
+    for name in ("artifact", "workload"):
+        data[name] = data[name] | {"colour": "red"}
+    data["trials"] = [trial | {"colour": "red"} for trial in data["trials"]]
+    assert Measurement.from_dict(data, measured.artifact.path.parent) == measured
