@@ -286,6 +286,31 @@ def test_a_retry_that_is_killed_is_still_a_retry(
     assert sum('"failure"' in line for line in lines) == 2
 
 
+@pytest.mark.parametrize("name", ["bench.json", "shortstack.json"])
+def test_what_a_kill_in_mid_write_leaves_is_no_strangers_file(
+    name: str, gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    command = ["bench", str(gguf), "-o", str(out), *SMALL, "--repeats", "1"]
+    if name == "bench.json":
+        run(command, capsys)
+    (out / f".{name}.partial").write_text("{")
+    run(command, capsys)
+    assert not (out / f".{name}.partial").exists()
+    assert run(command, capsys)["failures"] == []
+    (out / ".notes.partial").write_text("mine")
+    assert "holds .notes.partial" in fails(command, capsys)
+
+
+def test_a_dry_run_counts_the_trials_for_energy(
+    gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_commands, "counters", lambda device: (["a counter"], []))
+    command = ["bench", str(gguf), "-o", str(tmp_path / "out"), *SMALL, "--dry-run"]
+    assert run([*command, "--energy"], capsys)["trials"] == run(command, capsys)["trials"] + 1
+
+
 def killed() -> None:
     raise ShortstackError("as if it was killed")
 
