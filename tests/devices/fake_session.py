@@ -71,6 +71,18 @@ class KnownSession:
         self.close()
 
 
+class GoesBack(KnownSession):
+    """Decodes behind the same prompt again and again; `kept` are the tokens kept each time."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        self.kept: list[int] = []
+
+    def resume(self, keep: int, tokens: Sequence[int]) -> NDArray[np.float32] | None:
+        self.kept.append(keep)
+        return np.stack([_after(token) for token in tokens])
+
+
 class Hoarder(KnownSession):
     """Keeps ALLOCATED bytes of anonymous memory and maps a file, every page touched."""
 

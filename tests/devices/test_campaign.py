@@ -222,17 +222,41 @@ def test_a_trial_for_energy_repeats_prefill_and_decode(
     """In this process, with a counter that counts calls of the work."""
     ran: dict[str, list[int]] = {}
 
+    session = fake_session.GoesBack(1)
+
     def measured(device: str, works: dict[str, Callable[[], int]]) -> dict[str, object]:
         ran.update({phase: [work(), work()] for phase, work in works.items()})
         return {"energy": [], "energy_reason": None}
 
     monkeypatch.setattr(counters, "measured", measured)
-    monkeypatch.setattr(worker, "_open", lambda request, work: fake_session.KnownSession(1))
+    monkeypatch.setattr(worker, "_open", lambda request, work: session)
     request = {"workload": workload.to_dict(), "tokens": list(prompt.tokens), "device": "cpu"}
     monkeypatch.setattr(worker, "_end_with_parent", lambda: None)
     told = worker.energy(request)
     assert told["energy_reason"] is None
     assert ran == {"prefill": [4, 4], "decode": [5, 5]}
+    assert set(session.kept) == {workload.input_tokens}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decoding_without_the_prompt_is_not_passed_off_as_its_energy(
+    batch: int, workload: Workload, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One session cannot go back at all, the other not with several rows."""
+    session = fake_session.Rows(1) if batch > 1 else fake_session.KnownSession(1)
+    ran: list[str] = []
+
+    def measured(device: str, works: dict[str, Callable[[], int]]) -> dict[str, object]:
+        ran.extend(works)
+        return {"energy": [], "energy_reason": None}
+
+    monkeypatch.setattr(counters, "measured", measured)
+    monkeypatch.setattr(worker, "_open", lambda request, work: session)
+    monkeypatch.setattr(worker, "_end_with_parent", lambda: None)
+    work = dataclasses.replace(workload, batch=batch)
+    request = {"workload": work.to_dict(), "tokens": list(prompt.tokens), "device": "cpu"}
+    assert "cannot go back" in worker.energy(request)["energy_reason"]
+    assert ran == ["prefill"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
