@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from tests.devices.json_schema import errors
 from shortstack import bench_commands
 from shortstack.artifact import ExportSpec
 from shortstack.bench_models import benchable
+from shortstack.bench_plan import BenchChoice, make_plan
 from shortstack.checkpoint import Checkpoint
 from shortstack.cli import main
+from shortstack.devices import host
 from shortstack.devices.measurement import Measurement
 from shortstack.errors import ShortstackError
 from shortstack.export import exporter
@@ -284,6 +287,28 @@ def test_a_retry_that_is_killed_is_still_a_retry(
     capsys.readouterr()
     lines = (out / "trials.jsonl").read_text(encoding="utf-8").splitlines()
     assert sum('"failure"' in line for line in lines) == 2
+
+
+def test_another_machine_with_the_same_processor_is_refused(
+    gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, name = tmp_path / "out", tmp_path / "machine-id"
+    command = ["bench", str(gguf), "-o", str(out), *SMALL, "--repeats", "1"]
+    monkeypatch.setattr(host, "MACHINE_ID", name)
+    name.write_text("0123456789abcdef\n")
+    run(command, capsys)
+    assert all("0123456789abcdef" not in file.read_text() for file in out.iterdir())
+    name.write_text("fedcba9876543210\n")
+    assert "another campaign" in fails(command, capsys)
+
+
+def test_another_driver_makes_another_campaign(gguf: Path) -> None:
+    plan = make_plan([str(gguf)], BenchChoice(prompt_tokens=(8,), decode_tokens=4))
+    keys = set()
+    for driver in ("580.1", "580.2"):
+        cases = tuple(replace(case, device_info={"driver": driver}) for case in plan.cases)
+        keys.add(str(replace(plan, cases=cases).identity))
+    assert len(keys) == 2
 
 
 @pytest.mark.parametrize("name", ["bench.json", "shortstack.json"])

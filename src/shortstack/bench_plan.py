@@ -10,7 +10,7 @@ from typing import Any
 from shortstack.artifact import Artifact
 from shortstack.bench_models import benchable, longest_context
 from shortstack.devices import fit, listing
-from shortstack.devices.host import check_threads, cpu_model, libraries, usable_cores
+from shortstack.devices.host import check_threads, cpu_model, libraries, machine_id, usable_cores
 from shortstack.devices.schedule import Case
 from shortstack.devices.workload import Prompt, Workload
 from shortstack.errors import ShortstackError, unknown
@@ -76,7 +76,11 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes it another campaign: what is measured, how, where, with which versions."""
+        """What makes it another campaign: what is measured, how, where, with which versions.
+
+        For `step_key` alone, which stores a hash of it.
+        """
+        info = self.cases[0].device_info
         return {
             "cases": [
                 [c.label, c.artifact.sha256, *c.group, c.prompt.sha256 if c.prompt else None]
@@ -89,8 +93,9 @@ class Plan:
             "ceilings": self.choice.ceilings,
             "timeout_s": self.choice.timeout_s,
             "cpu": cpu_model(),
+            "machine": machine_id(),
             "libraries": libraries(),
-            "device": [self.cases[0].device_info.get(name) for name in ("name", "uuid_sha256")],
+            "device": [info.get(name) for name in ("name", "uuid_sha256", "driver")],
         }
 
     def refusals(self) -> list[str]:
