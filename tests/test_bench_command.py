@@ -302,6 +302,25 @@ def test_another_machine_with_the_same_processor_is_refused(
     assert "another campaign" in fails(command, capsys)
 
 
+def test_the_files_of_a_foreign_graph_are_those_it_names(onnx: Path, tmp_path: Path) -> None:
+    """Variants beside it are not counted, weights of any name are."""
+    ir = pytest.importorskip("onnx_ir")
+    folder = tmp_path / "model"
+    shutil.copytree(onnx, folder, ignore=shutil.ignore_patterns("shortstack.json", "model.onnx*"))
+    ir.save(ir.load(onnx / "model.onnx"), folder / "model.onnx", external_data="weights.bin")
+    (folder / "model_q4.onnx").write_bytes(b"a variant")
+    found = benchable(str(folder))
+    parts = [folder / "model.onnx", folder / "weights.bin"]
+    assert found.size_bytes == sum(part.stat().st_size for part in parts)
+    raw = bytearray(parts[1].read_bytes())
+    raw[-1] ^= 1
+    parts[1].write_bytes(raw)
+    assert benchable(str(folder)).sha256 != found.sha256
+    parts[1].unlink()
+    with pytest.raises(ShortstackError, match=r"keeps weights in weights\.bin"):
+        benchable(str(folder))
+
+
 def test_another_driver_makes_another_campaign(gguf: Path) -> None:
     plan = make_plan([str(gguf)], BenchChoice(prompt_tokens=(8,), decode_tokens=4))
     keys = set()

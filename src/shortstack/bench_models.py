@@ -150,9 +150,9 @@ def _onnx(place: Path) -> Artifact:
     from shortstack.export.onnx_graph import bytes_per_token
 
     model = place / "model.onnx"
-    files = sorted(p.name for p in place.glob("*.onnx*") if p.is_file())
     config = [name for name in ("genai_config.json",) if (place / name).is_file()]
     facts = graph_facts(model)
+    files = [model.name, *facts.data_files]
     return Artifact(
         path=place,
         spec=ExportSpec("onnx", facts.precision),

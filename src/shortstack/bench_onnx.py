@@ -28,6 +28,8 @@ class GraphFacts:
     n_layers: int
     n_params: int
     precision: str
+    data_files: tuple[str, ...]
+    """Where the weights lie that are not in the graph's own file, relative to it."""
 
 
 def graph_facts(model: Path) -> GraphFacts:
@@ -47,7 +49,15 @@ def graph_facts(model: Path) -> GraphFacts:
         for precision, count in _weights(value):
             sizes[precision] += count
     kind = sizes.most_common(1)[0][0] if sizes else "fp32"
-    return GraphFacts(layers, sum(sizes.values()), kind)
+    values = [value.const_value for value in graph.initializers.values()]
+    data = {str(tensor.location) for tensor in values if isinstance(tensor, ir.ExternalTensor)}
+    lacking = sorted(name for name in data if not (model.parent / name).is_file())
+    if lacking:
+        raise ShortstackError(
+            f"{model} keeps weights in {one_line(lacking[0], 100)}, which is not there. "
+            "Copy the whole folder."
+        )
+    return GraphFacts(layers, sum(sizes.values()), kind, tuple(sorted(data)))
 
 
 def _weights(value: ir.Value) -> Iterator[tuple[str, int]]:
