@@ -11,7 +11,7 @@ from shortstack.artifact import Artifact
 from shortstack.devices import vram
 from shortstack.devices.workload import Workload
 from shortstack.errors import ShortstackError
-from shortstack.families import decoder_config, dims
+from shortstack.families import decoder_config, dims, family_of, layer_windows
 from shortstack.gguf_header import read_header
 
 KV_TYPE_BYTES: Mapping[str, float] = {
@@ -55,11 +55,15 @@ def refusal(
     """Why the model cannot fit: what it needs at the least, what there is. None if it may fit.
 
     At the least: the weights and the KV cache. What a runtime takes besides is not counted, so
-    only what surely fails is refused.
+    only what surely fails is refused. A model of which some layers stay in RAM may always fit; of
+    one with sliding windows, which keep the last tokens alone, only the weights count.
     """
+    if _is_split(artifact, device, options):
+        return None
     have = available_bytes(device, info)
     weights = _weight_bytes(artifact, options)
     values = kv_values_per_token(artifact.path, artifact.format) or 0
+    values = 0 if _has_windows(artifact.path, artifact.format) else values
     kind = options.get("kv_type", "").upper() or options.get("dtype") or "F16"
     tokens = workload.context_tokens * workload.batch
     cache = round(values * KV_TYPE_BYTES[kind] * tokens)
@@ -76,6 +80,28 @@ def available_bytes(device: str, info: Mapping[str, Any]) -> int | None:
     """Memory that a model could take now; None where it is not known."""
     free = vram.free_bytes(device)
     return info.get("vram_bytes") if free is None else free
+
+
+def _is_split(artifact: Artifact, device: str, options: Mapping[str, str]) -> bool:
+    """Whether some layers stay in RAM; llama.cpp counts the output as one more layer."""
+    asked = options.get("gpu_layers", "all")
+    return device != "cpu" and asked.isdigit() and int(asked) <= artifact.n_layers
+
+
+def _has_windows(path: Path, fmt: str) -> bool:
+    """Whether some layers see the last tokens alone, as far as the model says."""
+    try:
+        if fmt == "gguf":
+            header = read_header(path)
+            arch = header.text("general.architecture")
+            return bool(header.integer(f"{arch}.attention.sliding_window"))
+        if fmt == "checkpoint":
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            return any(layer_windows(family_of(config), decoder_config(config)))
+        config = json.loads((path / "genai_config.json").read_text(encoding="utf-8"))
+        return bool(config["model"]["decoder"].get("sliding_window"))
+    except (ShortstackError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _weight_bytes(artifact: Artifact, options: Mapping[str, str]) -> int:

@@ -41,15 +41,18 @@ def _rounds(measurement: Measurement) -> Iterator[str]:
 def _speed(measurement: Measurement) -> Iterator[str]:
     from shortstack.devices.stats import drift, median, spread
 
-    rates = measurement.decode_tokens_per_s
-    if len(rates) > 1 and (cv := spread(rates)) > NOISY_SPREAD:
-        yield f"noisy: decode speed varies by {100 * cv:.0f} % between trials"
-    moved = drift(rates)
-    if moved is not None and abs(moved) > DRIFT:
-        yield f"drift: the last trials decode {100 * moved:+.0f} % against the first"
-    window_s = median([sum(steps) for steps in measurement.decode_step_s])
-    if window_s < SHORT_WINDOW_S:
-        yield f"short window: decode is timed for {1000 * window_s:.0f} ms a trial"
+    decode_s = [sum(steps) for steps in measurement.decode_step_s]
+    for phase, rates, seconds in (
+        ("decode", measurement.decode_tokens_per_s, decode_s),
+        ("prefill", measurement.prefill_tokens_per_s, measurement.prefill_s),
+    ):
+        if len(rates) > 1 and (cv := spread(rates)) > NOISY_SPREAD:
+            yield f"noisy: {phase} speed varies by {100 * cv:.0f} % between trials"
+        moved = drift(rates)
+        if moved is not None and abs(moved) > DRIFT:
+            yield f"drift: the last trials {phase} {100 * moved:+.0f} % against the first"
+        if (window_s := median(seconds)) < SHORT_WINDOW_S:
+            yield f"short window: {phase} is timed for {1000 * window_s:.0f} ms a trial"
 
 
 def _trials(trials: tuple[Trial, ...]) -> Iterator[str]:
@@ -64,6 +67,8 @@ def _trials(trials: tuple[Trial, ...]) -> Iterator[str]:
     sittings = {t.conditions.get("sitting", 0) for t in trials}
     if len(sittings) > 1:
         yield f"resumed: the trials come from {len(sittings)} sittings"
+    elif sittings != {0}:
+        yield "resumed: the trials come from a later sitting than the campaign's first"
 
 
 def _device(measurement: Measurement) -> Iterator[str]:

@@ -17,14 +17,15 @@ from shortstack.devices.fit import kv_bytes_per_token, refusal
 from shortstack.devices.host import describe
 from shortstack.devices.journal import Journal
 from shortstack.devices.measurement import Failure, Measurement, MemoryTrial, Trial
+from shortstack.devices.nvidia import ORDER
 from shortstack.devices.protocol import Protocol
 from shortstack.devices.schedule import Case, Step, schedule
 from shortstack.devices.workload import Prompt, Workload
 from shortstack.errors import ShortstackError
 from shortstack.progress import OnProgress, silent
 
-FOLDERS = re.compile(r"(?<![\w:/.])(?:[A-Za-z]:)?(?:[/\\][^\s/\\:'\"|,]+)+[/\\]")
-"""The folders of an absolute path."""
+FOLDERS = re.compile(r"(?<![\w/.])(?<!:(?=//[^/]))(?:[A-Za-z]:)?(?:[/\\]+[^\s/\\:'\"|,]+)+[/\\]")
+"""The folders of an absolute path, also behind a colon; not the host of a URL."""
 NO_ENERGY = "not asked for"
 
 
@@ -96,7 +97,8 @@ class _Campaign:
         self._work = [(case.workload or workload, case.prompt or prompt) for case in cases]
         _check(cases, self._work)
         self._logs = [_Log() for _ in cases]
-        self._steps = schedule(cases, workload, protocol.seed, self._with_counters())
+        able = self._with_counters()
+        self._steps = schedule(cases, workload, protocol.seed, able, cold=protocol.cold)
         self._pace = pace.Pace()
 
     def _with_counters(self) -> list[int]:
@@ -207,6 +209,7 @@ class _Campaign:
                     protocol=self._protocol.to_dict(),
                     device=case.device,
                     device_info=case.device_info,
+                    options=dict(case.options),
                     kv_bytes_per_token=kv_bytes_per_token(path, case.artifact.format, cache),
                     energy=log.energy,
                     energy_reason=log.energy_reason,
@@ -236,6 +239,7 @@ def _call(step: Step, case: Case, request: Mapping[str, Any], timeout_s: float) 
             timeout_s=timeout_s,
             what=what,
             progress=entered,
+            env=ORDER,
         )
     except child.ChildCrashError as error:
         return failed(error.kind, error, error.signal_name)

@@ -39,6 +39,7 @@ ISA_FLAGS = (
 CPU = Path("/sys/devices/system/cpu")
 NODES = Path("/sys/devices/system/node")
 CGROUP = Path("/sys/fs/cgroup")
+MACHINE_ID = Path("/etc/machine-id")
 
 
 def describe() -> dict[str, Any]:
@@ -71,6 +72,11 @@ def describe() -> dict[str, Any]:
         "libraries": libraries(),
         "devices": devices(),
     }
+
+
+def machine_id() -> str | None:
+    """What systemd calls this installation, None elsewhere. Never for a record: hash it."""
+    return _read(MACHINE_ID) or None
 
 
 def conditions() -> dict[str, Any]:

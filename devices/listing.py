@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,9 +12,6 @@ from shortstack.devices.conditions import other_processes
 from shortstack.devices.host import cpu_model
 from shortstack.errors import ShortstackError, unknown
 
-UNLIKE = (
-    "unlike cards: CUDA may number them otherwise unless CUDA_DEVICE_ORDER=PCI_BUS_ID is in force"
-)
 DIVIDED = (
     "MIG is on: CUDA sees a part of this card, these facts are of all of it. Name the part in "
     "CUDA_VISIBLE_DEVICES"
@@ -33,9 +29,6 @@ def nvidia_cards() -> tuple[list[dict[str, Any]], str | None]:
         found = [nvidia.describe(one) | other_processes(one) for one in nvidia.cards()]
     except nvidia.NoAnswerError as error:
         return [], str(error)
-    unlike = len({one["name"] for one in found}) > 1
-    if unlike and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
-        found = [one | {"note": UNLIKE} for one in found]
     found = [one | {"note": DIVIDED} if one["mig"] else one for one in found]
     return found, None if found else "no NVIDIA card is here or CUDA_VISIBLE_DEVICES hides it"
 

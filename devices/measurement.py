@@ -18,6 +18,12 @@ READABLE = (1, 2)
 """Schema 1 lacks only what has a default now."""
 
 
+def _known(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that `kind` has: a record may carry more (docs/schema)."""
+    names = {one.name for one in dataclasses.fields(kind)}
+    return {name: value for name, value in data.items() if name in names}
+
+
 @dataclass(frozen=True)
 class Trial:
     """One timed run in its own process. Raw: nothing here is averaged."""
@@ -49,7 +55,7 @@ class Trial:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Trial:
-        return cls(**{**data, "decode_step_s": tuple(data["decode_step_s"])})
+        return cls(**{**_known(cls, data), "decode_step_s": tuple(data["decode_step_s"])})
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,8 @@ class Measurement:
     failure: Failure | None = None
     device: str = "cpu"
     device_info: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict)
+    """The runtime's, as they were asked for: `kv_type`, `gpu_layers`, ..."""
     kv_bytes_per_token: int | None = None
     """Of one sequence, from the model's shape and the type of the cache."""
     energy: tuple[Mapping[str, Any], ...] = ()
@@ -159,13 +167,14 @@ class Measurement:
                 f"{' and '.join(map(str, READABLE))}. Update shortstack, or measure again."
             )
         try:
-            rest = {k: v for k, v in data.items() if k not in ("flags", "schema")}
-            rest["artifact"] = Artifact.from_dict(data["artifact"], folder)
-            rest["workload"] = Workload.from_dict(data["workload"])
+            rest = {k: v for k, v in _known(cls, data).items() if k != "schema"}
+            rest["artifact"] = Artifact.from_dict(_known(Artifact, data["artifact"]), folder)
+            rest["workload"] = Workload.from_dict(_known(Workload, data["workload"]))
             rest["trials"] = tuple(Trial.from_dict(t) for t in data["trials"])
-            rest["memory"] = tuple(MemoryTrial(**m) for m in data["memory"])
+            rest["memory"] = tuple(MemoryTrial(**_known(MemoryTrial, m)) for m in data["memory"])
             rest["energy"] = tuple(data.get("energy", ()))
-            rest["failure"] = Failure(**data["failure"]) if data["failure"] else None
+            failure = data["failure"]
+            rest["failure"] = Failure(**_known(Failure, failure)) if failure else None
             return cls(**rest)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ShortstackError(f"this measurement is damaged: {error}. Measure again.") from None

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA = 2
-"""Of bench.json; report.json of `shortstack run` counts for itself."""
+from shortstack.devices.measurement import SCHEMA
+
 LARGEST = 2**53
 """Whole numbers above this are no longer exact in JSON readers that have floats only."""
 Count = Annotated[int, Field(ge=0, le=LARGEST)]

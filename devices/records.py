@@ -11,12 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError as Invalid
 
-from shortstack.devices.record_fields import (
-    SCHEMA,
-    BenchRecord,
-    MeasurementRecord,
-    RunRecord,
-)
+from shortstack.devices.measurement import SCHEMA
+from shortstack.devices.record_fields import BenchRecord, MeasurementRecord, RunRecord
 from shortstack.errors import ShortstackError, one_line
 
 RUN_SCHEMA = 1

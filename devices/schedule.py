@@ -57,11 +57,18 @@ class Step:
 
 
 def schedule(
-    cases: Sequence[Case], workload: Workload, seed: int, energy: Sequence[int] = ()
+    cases: Sequence[Case],
+    workload: Workload,
+    seed: int,
+    energy: Sequence[int] = (),
+    *,
+    cold: bool = False,
 ) -> list[Step]:
     """The order of all trials: groups shuffled anew each round, members taking turns to lead.
 
-    `energy`: the cases that have a trial for their energy, behind all others.
+    `energy`: the cases that have a trial for their energy, behind all others. `cold`: every second
+    timed round loads from the disk, so the lead is kept for two rounds: it alternates among the
+    warm and among the cold ones.
     """
     rng = random.Random(seed)
     groups: dict[tuple[str, ...], list[int]] = {}
@@ -78,6 +85,7 @@ def schedule(
         rng.shuffle(keys)
         for key in keys:
             members = groups[key]
-            turn = (first[key] + number) % len(members)
+            lead = number // 2 if cold and kind == "timing" else number
+            turn = (first[key] + lead) % len(members)
             steps += [Step(kind, number, i) for i in members[turn:] + members[:turn]]
     return steps + [Step("energy", 0, index) for index in energy]

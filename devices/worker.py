@@ -29,6 +29,8 @@ PHASES = ("start", "load", "warm-up", "run")
 """The phase a trial is in, told to the parent so that a crash can name it."""
 
 
+NO_DECODE = "decode: this session cannot go back to the end of the prompt, so none is measured"
+
 WINDOW = 4
 WARMUP_S = 10.0
 """Beyond it a warm-up ends as it is: slow steps need not be many."""
@@ -122,8 +124,11 @@ def energy(request: Mapping[str, Any]) -> dict[str, Any]:
         _enter("warm-up")
         _warm_up(run, tokens, workload)
         _enter("run")
-        found = counters.measured(request["device"], _works(session, run, tokens, workload))
-        return {**found, "info": session.info}
+        works = _works(session, run, tokens, workload)
+        found = counters.measured(request["device"], works)
+        reasons = [found["energy_reason"], None if "decode" in works else NO_DECODE]
+        reason = "; ".join(filter(None, reasons)) or None
+        return {**found, "energy_reason": reason, "info": session.info}
 
 
 def _works(
@@ -131,29 +136,31 @@ def _works(
 ) -> dict[counters.Phase, Callable[[], int]]:
     """What is repeated in the windows; each returns the tokens it ran.
 
-    Decoding begins again where the prompt ends; where a session cannot go back there, behind a
-    prompt of one token, which costs what a step costs.
+    Decoding begins again where the prompt ends; there is none where a session cannot go back
+    there: behind a shorter context a token costs less than the record's other figures tell.
     """
-    whole, first = run.prompt(tokens), run.prompt(tokens[:1])
+    whole = run.prompt(tokens)
 
     def prefill() -> int:
         run.prefill(whole)
         return workload.input_tokens * workload.batch
 
     def again() -> Any:
-        if workload.batch == 1 and isinstance(session, Resumable):
-            rows = session.resume(workload.input_tokens, tokens[-1:])
-            if rows is not None:
-                return rows[-1]
-        return run.prefill(first)
+        """Logits behind the prompt; None where the session does not go back."""
+        if workload.batch > 1 or not isinstance(session, Resumable):
+            return None
+        rows = session.resume(workload.input_tokens, tokens[-1:])
+        return None if rows is None else rows[-1]
 
-    def decode() -> int:
-        logits = again()
+    def turn(logits: Any) -> int:
         for _ in range(workload.decode_tokens - 1):
             logits = run.decode(run.choose(logits))
-        return workload.decode_tokens * workload.batch
+        return workload.decode_tokens
 
-    return {"prefill": prefill, "decode": decode}
+    turn(run.prefill(whole))  # a cache with windows cannot go back once steps have moved them
+    if again() is None:
+        return {"prefill": prefill}
+    return {"prefill": prefill, "decode": lambda: turn(again())}
 
 
 def _open(request: Mapping[str, Any], workload: Workload) -> Session:

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shortstack.errors import ShortstackError
-from shortstack.libllama import clear_log, has_amx, last_words, libllama, system_info
+from shortstack.libllama import clear_log, has_amx, last_words, libllama, log, system_info
+from shortstack.llama_devices import handles, list_of, named
 from shortstack.runtimes.capabilities import device_kind
 
 BATCH = 512
@@ -55,11 +56,13 @@ class LlamaCppSession:
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None
+        self._backend = "CPU"
         self._past = 0
         clear_log()
         self._amx_avoided = has_amx()
         try:
             self._model = self._load(path)
+            self._n_layers = int(self._lib.llama_model_n_layer(self._model))
             self._vocab = self._lib.llama_model_get_vocab(self._model)
             self._n_vocab = int(self._lib.llama_vocab_n_tokens(self._vocab))
             self._context = self._new_context(path)
@@ -76,6 +79,11 @@ class LlamaCppSession:
             "version": version("llama-cpp-python"),
             "threads": threads,
             "context_tokens": int(self._lib.llama_n_ctx(self._context)),
+            "backend": self._backend,
+            "n_gpu_layers": min(self._gpu_layers(), self._n_layers + 1),
+            "n_batch": BATCH,
+            "n_ubatch": BATCH,
+            "mmap": _mapped(),
             "kv_cache": choice.kv_type.upper(),
             "flash_attention": choice.flash_attention,
             "device": choice.device,
@@ -95,8 +103,12 @@ class LlamaCppSession:
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = self._gpu_layers()
         if self._choice.offloads:
+            name, pointer = self._device()
+            self._backend = name.rstrip("0123456789")
+            alone = list_of(pointer)
+            params.devices = ctypes.cast(alone, ctypes.c_void_p)
             params.split_mode = self._lib.LLAMA_SPLIT_MODE_NONE
-            params.main_gpu = device_kind(self._choice.device)[1]
+            params.main_gpu = 0  # of that list
         params.use_extra_bufts = not self._amx_avoided
         model = self._lib.llama_model_load_from_file(str(path).encode(), params)
         if not model:
@@ -106,14 +118,25 @@ class LlamaCppSession:
             )
         return model
 
-    def _gpu_layers(self) -> int:
-        if not self._choice.offloads:
-            return 0
+    def _device(self) -> tuple[str, int]:
+        """The device's name and pointer in llama.cpp's list. Raises ShortstackError."""
+        kind, number = device_kind(self._choice.device)
         if not self._lib.llama_supports_gpu_offload():
             raise ShortstackError(
                 f"this llama.cpp was built for the CPU alone, {self._choice.device} is asked for. "
                 "Build it for the device: shortstack doctor says how"
             )
+        found = named(f"{kind}:{number}")
+        if found is None:
+            raise ShortstackError(
+                f"this llama.cpp has no {kind}:{number}, it has: {', '.join(handles())}. "
+                "Build it for the device: shortstack doctor says how"
+            )
+        return found
+
+    def _gpu_layers(self) -> int:
+        if not self._choice.offloads:
+            return 0
         wanted = self._choice.gpu_layers
         return 1_000_000 if wanted == "all" else int(wanted)  # more than any model has
 
@@ -178,7 +201,8 @@ class LlamaCppSession:
             batch.logits[slot] = last and column == width - 1
 
     def _empty_cache(self) -> None:
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        # False: cells are freed, not zeroed; zeroing a long cache takes longer than a short prompt
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
         self._past = 0
 
     def resume(self, keep: int, tokens: Sequence[int]) -> NDArray[np.float32] | None:
@@ -266,6 +290,13 @@ class LlamaCppSession:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _mapped() -> bool | None:
+    """Whether the weights are read through a map of the file: llama.cpp decides, its log says."""
+    modes = (line.partition("load_mode = ")[2] for line in log())
+    mode = next((words for words in modes if words), None)
+    return None if mode is None else "mmap" in mode
 
 
 def open_session(path: Path, **choice: Any) -> LlamaCppSession:

@@ -17,6 +17,7 @@ from shortstack.runtimes.capabilities import device_kind
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)$")
 HOST = ("cpu", 0)
+CUDA = "CUDAExecutionProvider"
 
 
 class OrtSession:
@@ -111,15 +112,21 @@ class OrtSession:
     ) -> Any:
         """Bind all but the mask, whose length changes with every token."""
         binding = self._session.io_binding()
-        binding.bind_ortvalue_input("input_ids", self._value(tokens))
-        if "position_ids" in self._inputs:
-            binding.bind_ortvalue_input("position_ids", self._value(positions))
+        self._bind_ids(binding, tokens, positions)
         if logits is None:
             binding.bind_output("logits", *HOST)
         else:
             binding.bind_ortvalue_output("logits", self._value(logits))
         self._bind_cache(binding)
         return binding
+
+    def _bind_ids(
+        self, binding: Any, tokens: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> None:
+        """On the host the binding sees later values too, on a device it copies these."""
+        binding.bind_ortvalue_input("input_ids", self._value(tokens))
+        if "position_ids" in self._inputs:
+            binding.bind_ortvalue_input("position_ids", self._value(positions))
 
     def _bind_cache(self, binding: Any) -> None:
         for name, value in zip(self._past_names, self._cache, strict=True):
@@ -190,9 +197,9 @@ class OrtSession:
         """One token a row through the binding that is kept; logits, shape (batch, vocab)."""
         self._token[:] = tokens
         self._position[:] = self._past
-        if self._device != HOST:  # binding copies to the device, so it is done anew
-            self._step = self._bind(self._token, self._position, self._row)
-        elif not self._shared:
+        if self._device != HOST:
+            self._bind_ids(self._step, self._token, self._position)
+        if not self._shared:
             self._bind_cache(self._step)
         self._run(self._step, 1)
         return np.array(self._row[:, 0], np.float32)
@@ -243,25 +250,46 @@ def _open(onnxruntime: Any, path: Path, threads: int, device: tuple[str, int]) -
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     try:
-        return onnxruntime.InferenceSession(
-            str(file), options, providers=_providers(onnxruntime, device)
+        session = onnxruntime.InferenceSession(
+            str(file), options, providers=providers(onnxruntime, device)
         )
     except _errors(onnxruntime) as error:
         raise ShortstackError(
             f"onnxruntime cannot open {file}: {one_line(str(error), 300)}. Export it again."
         ) from None
+    check_in_force(session, device)
+    return session
 
 
-def _providers(onnxruntime: Any, device: tuple[str, int]) -> list[Any]:
+def providers(onnxruntime: Any, device: tuple[str, int]) -> list[Any]:
+    """What to ask a session for. Raises ShortstackError where this build has none for the device.
+
+    The CUDA libraries of NVIDIA's packages are loaded first: the provider looks for them in the
+    system's folders alone.
+    """
     kind, number = device
     if kind == "cpu":
         return ["CPUExecutionProvider"]
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+    if CUDA not in onnxruntime.get_available_providers():
         raise ShortstackError(
             "this onnxruntime has no CUDA provider. Run: pip uninstall onnxruntime; "
             "pip install 'shortstack[cuda]'"
         )
-    return [("CUDAExecutionProvider", {"device_id": number}), "CPUExecutionProvider"]
+    onnxruntime.preload_dlls()
+    return [(CUDA, {"device_id": number}), "CPUExecutionProvider"]
+
+
+def check_in_force(session: Any, device: tuple[str, int]) -> None:
+    """onnxruntime goes on with the CPU, without a word, where a library of CUDA is missing.
+
+    Raises ShortstackError.
+    """
+    kind, number = device
+    if kind == "cuda" and CUDA not in session.get_providers():
+        raise ShortstackError(
+            f"the CUDA libraries of onnxruntime do not load, cuda:{number} would be the CPU. "
+            "Run: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        )
 
 
 def _errors(onnxruntime: Any) -> tuple[type[Exception], ...]:

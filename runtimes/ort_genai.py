@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,8 @@ class GenaiSession:
         self._genai = onnxruntime_genai
         self._model = _open(onnxruntime_genai, path, threads, device)
         self._context_tokens = context_tokens
-        self._generator: Any = None
+        self._generator: Any = self._new_generator()
+        self._begun = False
         self._tokenizer: Any = None
         config = json.loads((path / "genai_config.json").read_text(encoding="utf-8"))
         self._vocab = int(config["model"]["vocab_size"])
@@ -49,29 +51,46 @@ class GenaiSession:
         return dict(self._info)
 
     def prefill(self, tokens: Sequence[int], *, all_logits: bool = False) -> NDArray[np.float32]:
-        params = self._genai.GeneratorParams(self._model)
-        # one token more: at its maximal length a generator takes no logits back
-        params.set_search_options(max_length=self._context_tokens + 1, do_sample=False)
-        self._generator = self._genai.Generator(self._model, params)
+        self._empty_cache()
         self._generator.append_tokens(np.array([tokens], np.int32))
         if all_logits:
             return np.array(self._generator.get_output("logits")[0], np.float32)
         return self._last_logits()
 
+    def _empty_cache(self) -> None:
+        """Go back to the start: a new generator would allocate its cache while the clock runs."""
+        self._begun = True
+        with contextlib.suppress(RuntimeError):  # some kinds of model cannot go back
+            self._generator.rewind_to(0)
+            return
+        self._generator = self._new_generator()
+
+    def _new_generator(self) -> Any:
+        params = self._genai.GeneratorParams(self._model)
+        # one token more: at its maximal length a generator takes no logits back
+        params.set_search_options(max_length=self._context_tokens + 1, do_sample=False)
+        try:
+            return self._genai.Generator(self._model, params)
+        except RuntimeError as error:
+            raise ShortstackError(
+                f"onnxruntime-genai cannot make a cache of {self._context_tokens} tokens: "
+                f"{one_line(str(error), 300)}. Ask for fewer tokens."
+            ) from None
+
     def decode(self, token: int) -> NDArray[np.float32]:
-        if self._generator is None:
+        if not self._begun:
             raise ShortstackError("decode needs a prefill before it.")
         self._generator.append_tokens(np.array([[token]], np.int32))
         return self._last_logits()
 
     def extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        if self._generator is None:
+        if not self._begun:
             raise ShortstackError("extend needs a prefill before it.")
         self._generator.append_tokens(np.array([tokens], np.int32))
         return self._last_logits()
 
     def resume(self, keep: int, tokens: Sequence[int]) -> NDArray[np.float32] | None:
-        if self._generator is None:
+        if not self._begun:
             return None
         self._generator.rewind_to(keep)
         self._generator.append_tokens(np.array([tokens], np.int32))

@@ -13,8 +13,6 @@ from shortstack.errors import MissingExtraError, ShortstackError
 from shortstack.pretrained import load
 from shortstack.runtimes.capabilities import device_kind
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 class PyTorchSession:
     """A Hugging Face folder open in transformers, on the CPU or (untested) on CUDA."""

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ import pytest
 from tests.command_line import fails
 from tests.devices.json_schema import errors
 
+from shortstack import bench_commands
 from shortstack.artifact import ExportSpec
 from shortstack.bench_models import benchable
+from shortstack.bench_plan import BenchChoice, make_plan
 from shortstack.checkpoint import Checkpoint
 from shortstack.cli import main
+from shortstack.devices import host
 from shortstack.devices.measurement import Measurement
+from shortstack.errors import ShortstackError
 from shortstack.export import exporter
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "schema" / "bench-2.schema.json"
@@ -185,8 +190,10 @@ def test_runtimes_that_cannot_are_left_out_and_told(
         (["--device", "cuda:99"], "'cuda:99'"),
         (["--option", "kv_type=q9"], "kv_type is 'q9', it must be one of"),
         (["--option", "dtype=float16"], "unknown option of llama.cpp 'dtype'"),
+        (["--option", "dtype=fp16"], "dtype is 'fp16', it must be one of: float32"),
         (["--option", "kv_type"], "is not NAME=VALUE"),
         (["--prompt-tokens", "100000"], "was made for 512 tokens, 100,004 are asked for"),
+        (["--cold", "--repeats", "1"], "every second load"),
         (["--threads", "5000"], "5000 threads are asked for"),
         (["--text", "missing.txt"], "missing.txt"),
     ],
@@ -197,6 +204,31 @@ def test_bad_options_give_one_line_and_leave_nothing(
     out = tmp_path / "out"
     assert words in fails(["bench", str(gguf), "-o", str(out), *SMALL, *options], capsys)
     assert not out.exists()
+
+
+def test_a_word_that_no_runtime_takes_is_refused_for_a_checkpoint_too(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bench", str(tiny), "-o", str(tmp_path / "out"), *SMALL, "--option", "dtype=fp16"]
+    assert "dtype is 'fp16', it must be one of: float32" in fails(command, capsys)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"model": 3}', "\udcff", "[" * 100_000])
+@pytest.mark.parametrize("name", ["config.json", "genai_config.json", "model.onnx"])
+def test_damaged_files_of_a_folder_give_one_line(
+    name: str, damage: str, onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(onnx, folder, ignore=shutil.ignore_patterns("shortstack.json"))
+    if name == "config.json":
+        (folder / "genai_config.json").unlink()
+    (folder / name).write_bytes(damage.encode(errors="surrogateescape"))
+    command = ["bench", str(folder), "-o", str(tmp_path / "out"), *SMALL, "--dry-run"]
+    if damage == '{"model": 3}' and name != "model.onnx":
+        assert main([*command, "--json"]) in (0, 2)
+        assert "Traceback" not in capsys.readouterr().err
+    else:
+        assert str(folder / name) in fails(command, capsys)
 
 
 def test_places_that_are_no_model_or_not_ours_are_refused(
@@ -237,6 +269,94 @@ def test_a_broken_model_is_a_recorded_failure(
     assert record(out)["measurements"][1] == good
     lines = (out / "trials.jsonl").read_text(encoding="utf-8").splitlines()
     assert sum('"failure"' in line for line in lines) == 2
+
+
+def test_a_retry_that_is_killed_is_still_a_retry(
+    gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken.gguf"
+    raw = gguf.read_bytes()
+    broken.write_bytes(raw.replace(b"blk.3.attn_norm.weight", b"blk.3.attn_nurm.weight"))
+    out = tmp_path / "out"
+    command = ["bench", str(broken), str(gguf), "-o", str(out), *SMALL, "--json"]
+    assert main(command) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(bench_commands, "measure", lambda *_, **__: killed())
+        assert main(command) == 2
+    assert main(command) == 1
+    capsys.readouterr()
+    lines = (out / "trials.jsonl").read_text(encoding="utf-8").splitlines()
+    assert sum('"failure"' in line for line in lines) == 2
+
+
+def test_another_machine_with_the_same_processor_is_refused(
+    gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, name = tmp_path / "out", tmp_path / "machine-id"
+    command = ["bench", str(gguf), "-o", str(out), *SMALL, "--repeats", "1"]
+    monkeypatch.setattr(host, "MACHINE_ID", name)
+    name.write_text("0123456789abcdef\n")
+    run(command, capsys)
+    assert all("0123456789abcdef" not in file.read_text() for file in out.iterdir())
+    name.write_text("fedcba9876543210\n")
+    assert "another campaign" in fails(command, capsys)
+
+
+def test_the_files_of_a_foreign_graph_are_those_it_names(onnx: Path, tmp_path: Path) -> None:
+    """Variants beside it are not counted, weights of any name are."""
+    ir = pytest.importorskip("onnx_ir")
+    folder = tmp_path / "model"
+    shutil.copytree(onnx, folder, ignore=shutil.ignore_patterns("shortstack.json", "model.onnx*"))
+    ir.save(ir.load(onnx / "model.onnx"), folder / "model.onnx", external_data="weights.bin")
+    (folder / "model_q4.onnx").write_bytes(b"a variant")
+    found = benchable(str(folder))
+    parts = [folder / "model.onnx", folder / "weights.bin"]
+    assert found.size_bytes == sum(part.stat().st_size for part in parts)
+    raw = bytearray(parts[1].read_bytes())
+    raw[-1] ^= 1
+    parts[1].write_bytes(raw)
+    assert benchable(str(folder)).sha256 != found.sha256
+    parts[1].unlink()
+    with pytest.raises(ShortstackError, match=r"keeps weights in weights\.bin"):
+        benchable(str(folder))
+
+
+def test_another_driver_makes_another_campaign(gguf: Path) -> None:
+    plan = make_plan([str(gguf)], BenchChoice(prompt_tokens=(8,), decode_tokens=4))
+    keys = set()
+    for driver in ("580.1", "580.2"):
+        cases = tuple(replace(case, device_info={"driver": driver}) for case in plan.cases)
+        keys.add(str(replace(plan, cases=cases).identity))
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize("name", ["bench.json", "shortstack.json"])
+def test_what_a_kill_in_mid_write_leaves_is_no_strangers_file(
+    name: str, gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    command = ["bench", str(gguf), "-o", str(out), *SMALL, "--repeats", "1"]
+    if name == "bench.json":
+        run(command, capsys)
+    (out / f".{name}.partial").write_text("{")
+    run(command, capsys)
+    assert not (out / f".{name}.partial").exists()
+    assert run(command, capsys)["failures"] == []
+    (out / ".notes.partial").write_text("mine")
+    assert "holds .notes.partial" in fails(command, capsys)
+
+
+def test_a_dry_run_counts_the_trials_for_energy(
+    gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_commands, "counters", lambda device: (["a counter"], []))
+    command = ["bench", str(gguf), "-o", str(tmp_path / "out"), *SMALL, "--dry-run"]
+    assert run([*command, "--energy"], capsys)["trials"] == run(command, capsys)["trials"] + 1
+
+
+def killed() -> None:
+    raise ShortstackError("as if it was killed")
 
 
 def test_ceilings_are_measured_in_the_same_run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,3 +102,10 @@ def test_a_child_that_fails_is_named_with_the_reason(
 def test_a_bug_shows_its_last_words() -> None:
     with pytest.raises(ShortstackError, match="ZeroDivisionError"):
         run("has_a_bug", zero=0)
+
+
+def test_windows_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "os", SimpleNamespace(name="nt"))
+    with pytest.raises(ShortstackError, match="Windows cannot run it") as caught:
+        child.call("test_child:doubles", {}, timeout_s=9, what="llama.cpp")
+    assert "\n" not in str(caught.value)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from shortstack.devices.measurement import Measurement, Trial
 from shortstack.devices.report.data import ORIGINAL, PRUNED, Entry
@@ -61,7 +62,7 @@ def _compare(original: Entry, pruned: Entry) -> Comparison:
         return Comparison(
             spec, runtime, bytes_ratio=bytes_ratio, size_ratio=size_ratio, reason=reason
         )
-    rounds = sorted({t.round for t in a.trials} & {t.round for t in b.trials})
+    rounds = sorted(rounds_in_turn(a.trials, b.trials))
     paired = len(rounds) == len(a.trials) == len(b.trials)
     return Comparison(
         spec,
@@ -87,11 +88,28 @@ def why_unlike(a: Measurement | None, b: Measurement | None) -> str | None:
         "prompt": (a.prompt_sha256, b.prompt_sha256),
         "machine": (a.host.get("cpu"), b.host.get("cpu")),
         "device": (a.device, b.device),
+        "options": (a.options, b.options),
         "protocol": (a.protocol, b.protocol),
         "runtime version": (a.runtime_info.get("version"), b.runtime_info.get("version")),
     }
     unlike = [name for name, (one, other) in pairs.items() if one != other]
     return f"measured under another {', '.join(unlike)}" if unlike else None
+
+
+class Turn(Protocol):
+    """What says of a trial when it ran: one in memory or one of a record."""
+
+    @property
+    def round(self) -> int: ...
+
+    @property
+    def conditions(self) -> Mapping[str, Any]: ...
+
+
+def rounds_in_turn(a: Iterable[Turn], b: Iterable[Turn]) -> set[int]:
+    """Rounds that both sides ran in one sitting: with hours between them nothing is paired."""
+    mine, theirs = ({t.round: t.conditions.get("sitting", 0) for t in side} for side in (a, b))
+    return {number for number, sitting in mine.items() if theirs.get(number) == sitting}
 
 
 def peak_bytes(measurement: Measurement | None) -> float | None:

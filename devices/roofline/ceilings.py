@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from shortstack import child
+from shortstack.devices.nvidia import ORDER
 from shortstack.devices.roofline.cpu import threads_or_all
 from shortstack.devices.roofline.products import SINGLE_THREADED
 from shortstack.errors import ShortstackError, require
@@ -49,5 +50,5 @@ def _call(kind: str, request: dict[str, Any], timeout_s: float) -> dict[str, Any
         request,
         timeout_s=timeout_s,
         what=f"measuring the ceilings of {kind}",
-        env=SINGLE_THREADED if kind == "cpu" else None,
+        env=SINGLE_THREADED if kind == "cpu" else ORDER,
     )

@@ -15,13 +15,15 @@ from typing import Any
 from shortstack import __version__
 from shortstack.bench_plan import BenchChoice, Plan, make_plan
 from shortstack.devices import fit
+from shortstack.devices.energy import counters
 from shortstack.devices.harness import measure
 from shortstack.devices.host import describe
 from shortstack.devices.journal import Journal
 from shortstack.devices.measurement import SCHEMA, Measurement
 from shortstack.devices.protocol import Protocol
-from shortstack.devices.schedule import schedule
+from shortstack.devices.schedule import Step, schedule
 from shortstack.devices.stats import median
+from shortstack.devices.workload import Workload
 from shortstack.errors import ShortstackError
 from shortstack.intake import model_paths
 from shortstack.manifest import (
@@ -29,6 +31,7 @@ from shortstack.manifest import (
     check_apart,
     check_ours,
     finished,
+    partial_of,
     read_manifest,
     step_key,
     write_manifest,
@@ -137,6 +140,8 @@ def _claimed(out: Path, key: str) -> Iterator[_Claim]:
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out):
+        for name in (MANIFEST, RECORD):
+            partial_of(out / name).unlink(missing_ok=True)  # a hard kill left it
         manifest = read_manifest(out)
         fresh = manifest is None
         if manifest is not None and (manifest.get("key") != key or "run_id" not in manifest):
@@ -145,10 +150,11 @@ def _claimed(out: Path, key: str) -> Iterator[_Claim]:
                 "Choose another -o, or remove the folder."
             )
         done = finished(out, key) is not None
-        retry = done and bool(manifest and manifest["failures"])
+        again = done and bool(manifest and manifest["failures"])
         started_at = manifest["started_at"] if manifest else _now()
-        if manifest is None or retry:
-            manifest = _begin(out, key, started_at)
+        if manifest is None or again:
+            manifest = _begin(out, key, started_at, retry=again)
+        retry = bool(manifest.get("retry"))  # also of one that was killed while it tried again
         claim = _Claim(out, key, manifest["run_id"], started_at, done and not retry, retry)
         try:
             yield claim
@@ -161,7 +167,7 @@ def _claimed(out: Path, key: str) -> Iterator[_Claim]:
             raise
 
 
-def _begin(out: Path, key: str, started_at: str) -> dict[str, Any]:
+def _begin(out: Path, key: str, started_at: str, *, retry: bool) -> dict[str, Any]:
     """Write the manifest of a campaign in progress. Each record has an id of its own."""
     manifest = {
         "tool": "shortstack",
@@ -170,6 +176,7 @@ def _begin(out: Path, key: str, started_at: str) -> dict[str, Any]:
         "key": key,
         "run_id": uuid.uuid4().hex,
         "started_at": started_at,
+        "retry": retry,
         "files": UNFINISHED,
     }
     write_text(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
@@ -229,7 +236,7 @@ def _forecast(plan: Plan) -> dict[str, Any]:
     refused = plan.refusals()
     return {
         "device": plan.choice.device,
-        "trials": len(schedule(plan.cases, workload, plan.choice.seed)),
+        "trials": len(_steps(plan, workload)),
         "available_bytes": fit.available_bytes(plan.choice.device, plan.cases[0].device_info),
         "cases": [
             {
@@ -246,6 +253,13 @@ def _forecast(plan: Plan) -> dict[str, Any]:
         "skipped": list(plan.skipped),
         "does_not_fit": refused,
     }
+
+
+def _steps(plan: Plan, workload: Workload) -> list[Step]:
+    choice = plan.choice
+    cases = enumerate(plan.cases) if choice.energy else ()
+    able = [index for index, case in cases if counters(case.device)[0]]
+    return schedule(plan.cases, workload, choice.seed, able, cold=choice.cold)
 
 
 def command_of(models: Sequence[str], choice: BenchChoice) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from shortstack.artifact import Artifact, ExportSpec
 from shortstack.checkpoint import Checkpoint, hash_digests, hash_file, hash_files
@@ -62,12 +63,22 @@ def longest_context(artifact: Artifact) -> int | None:
         return header.integer(f"{header.text('general.architecture')}.context_length") or None
     genai, config = path / "genai_config.json", path / "config.json"
     if artifact.format == "onnx" and genai.is_file():
-        length = json.loads(genai.read_text(encoding="utf-8"))["model"].get("context_length")
-        return None if length is None else int(length)
+        model = _read_json(genai).get("model")
+        length = model.get("context_length") if isinstance(model, dict) else None
+        return length if isinstance(length, int) else None
     if not config.is_file():
         return None
-    given = json.loads(config.read_text(encoding="utf-8"))
-    return context_tokens(given, windowed=artifact.format == CHECKPOINT)
+    return context_tokens(_read_json(config), windowed=artifact.format == CHECKPOINT)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ShortstackError(f"{file} cannot be read: {error}. Export the model again.") from None
+    if not isinstance(data, dict):
+        raise ShortstackError(f"{file} is no JSON object. Export the model again.")
+    return data
 
 
 def _checkpoint(place: Path, dtype: str) -> Artifact:
@@ -139,9 +150,9 @@ def _onnx(place: Path) -> Artifact:
     from shortstack.export.onnx_graph import bytes_per_token
 
     model = place / "model.onnx"
-    files = sorted(p.name for p in place.glob("*.onnx*") if p.is_file())
     config = [name for name in ("genai_config.json",) if (place / name).is_file()]
     facts = graph_facts(model)
+    files = [model.name, *facts.data_files]
     return Artifact(
         path=place,
         spec=ExportSpec("onnx", facts.precision),

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # it has no stubs
+
+from shortstack.errors import ShortstackError, one_line
 
 PAST_KEY = re.compile(r"past_key_values\.\d+\.key$")
 PACKED = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
@@ -25,18 +28,36 @@ class GraphFacts:
     n_layers: int
     n_params: int
     precision: str
+    data_files: tuple[str, ...]
+    """Where the weights lie that are not in the graph's own file, relative to it."""
 
 
 def graph_facts(model: Path) -> GraphFacts:
-    """Read the graph, not its data. Tables of scales and zero points are no parameters."""
-    graph = ir.load(model).graph
+    """Read the graph, not its data. Tables of scales and zero points are no parameters.
+
+    Raises ShortstackError for a file that is no ONNX model.
+    """
+    try:
+        graph = ir.load(model).graph
+    except (DecodeError, OSError, ValueError) as error:
+        raise ShortstackError(
+            f"{model} is no ONNX model: {one_line(str(error), 200)}. Export it again."
+        ) from None
     layers = sum(PAST_KEY.search(value.name or "") is not None for value in graph.inputs)
     sizes: Counter[str] = Counter()
     for value in graph.initializers.values():
         for precision, count in _weights(value):
             sizes[precision] += count
     kind = sizes.most_common(1)[0][0] if sizes else "fp32"
-    return GraphFacts(layers, sum(sizes.values()), kind)
+    values = [value.const_value for value in graph.initializers.values()]
+    data = {str(tensor.location) for tensor in values if isinstance(tensor, ir.ExternalTensor)}
+    lacking = sorted(name for name in data if not (model.parent / name).is_file())
+    if lacking:
+        raise ShortstackError(
+            f"{model} keeps weights in {one_line(lacking[0], 100)}, which is not there. "
+            "Copy the whole folder."
+        )
+    return GraphFacts(layers, sum(sizes.values()), kind, tuple(sorted(data)))
 
 
 def _weights(value: ir.Value) -> Iterator[tuple[str, int]]:

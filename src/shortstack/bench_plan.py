@@ -10,7 +10,7 @@ from typing import Any
 from shortstack.artifact import Artifact
 from shortstack.bench_models import benchable, longest_context
 from shortstack.devices import fit, listing
-from shortstack.devices.host import check_threads, cpu_model, libraries, usable_cores
+from shortstack.devices.host import check_threads, cpu_model, libraries, machine_id, usable_cores
 from shortstack.devices.schedule import Case
 from shortstack.devices.workload import Prompt, Workload
 from shortstack.errors import ShortstackError, unknown
@@ -76,7 +76,11 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes it another campaign: what is measured, how, where, with which versions."""
+        """What makes it another campaign: what is measured, how, where, with which versions.
+
+        For `step_key` alone, which stores a hash of it.
+        """
+        info = self.cases[0].device_info
         return {
             "cases": [
                 [c.label, c.artifact.sha256, *c.group, c.prompt.sha256 if c.prompt else None]
@@ -89,8 +93,9 @@ class Plan:
             "ceilings": self.choice.ceilings,
             "timeout_s": self.choice.timeout_s,
             "cpu": cpu_model(),
+            "machine": machine_id(),
             "libraries": libraries(),
-            "device": [self.cases[0].device_info.get(name) for name in ("name", "uuid_sha256")],
+            "device": [info.get(name) for name in ("name", "uuid_sha256", "driver")],
         }
 
     def refusals(self) -> list[str]:
@@ -111,7 +116,12 @@ def make_plan(models: Sequence[str], choice: BenchChoice) -> Plan:
     Raises ShortstackError for whatever cannot be measured as it is asked for.
     """
     check_threads(choice.threads)
+    if choice.cold and choice.repeats < 2:
+        raise ShortstackError(
+            "--cold is for every second load and --repeats 1 has none. Ask for 2 repeats or more."
+        )
     capabilities.device_kind(choice.device)
+    _check_words(choice.options)
     lengths = tuple(dict.fromkeys(choice.prompt_tokens))
     workloads = [choice.workload(length) for length in lengths]
     artifacts = [benchable(name, choice.options.get("dtype", "float32")) for name in models]
@@ -184,16 +194,21 @@ def _why_not(artifact: Artifact, runtime: str, choice: BenchChoice) -> str | Non
     return None
 
 
+def _check_words(options: Mapping[str, str]) -> None:
+    """An option with a word that no runtime takes is refused before a model is looked at."""
+    for name, value in options.items():
+        for runtime, row in capabilities.CAPABILITIES.items():
+            if name in row.options:
+                capabilities.check(runtime, "cpu", 1, {name: value})
+
+
 def _check_options(cases: Sequence[Case], options: Mapping[str, str]) -> None:
-    """Every option must be of some runtime that runs, with a word that it takes."""
+    """Every option must be of some runtime that runs."""
     runtimes = list(dict.fromkeys(case.runtime for case in cases))
     offered = {name for r in runtimes for name in capabilities.CAPABILITIES[r].options}
-    for name, value in options.items():
+    for name in options:
         if name not in offered:
             raise unknown(f"option of {', '.join(runtimes)}", name, offered)
-        for runtime in runtimes:
-            if name in capabilities.CAPABILITIES[runtime].options:
-                capabilities.check(runtime, "cpu", 1, {name: value})
 
 
 def _check_context(artifact: Artifact, workloads: Sequence[Workload]) -> None:

@@ -61,6 +61,8 @@ def call(
     `what` names the work in errors. Raises what the child raised if that was a ShortstackError;
     ChildCrashError if it died of a signal, took longer than `timeout_s`, or hit a bug.
     """
+    if os.name == "nt":  # Popen has no pass_fds there
+        raise ShortstackError(f"{what}: Windows cannot run it in a child process. Use WSL.")
     read_fd, write_fd = os.pipe()
     with (
         open(read_fd, encoding="utf-8") as lines,

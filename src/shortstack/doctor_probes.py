@@ -27,11 +27,10 @@ def llama_cpp(request: Mapping[str, Any]) -> dict[str, str]:
     """
     import numpy as np
 
-    from shortstack.libllama import libllama, system_info
-    from shortstack.llama_devices import device_id, handles
+    from shortstack.libllama import system_info
+    from shortstack.llama_devices import named
 
     device = request["device"]
-    lib = libllama()
     with tempfile.TemporaryDirectory() as folder:
         path = write_tiny_gguf(Path(folder) / "tiny.gguf")
         if device == "cpu":
@@ -39,10 +38,10 @@ def llama_cpp(request: Mapping[str, Any]) -> dict[str, str]:
             _check("llama.cpp", bool(np.isfinite(logits).all() and logits.std() > 0))
             features = _features(system_info())
             return {"fact": f"runs a batch of {BATCH} with its defaults ({features})"}
-        here = {device_id(name): (name, pointer) for name, pointer in handles().items()}
-        if device not in here or not lib.llama_supports_gpu_offload():
+        here = named(device)
+        if here is None:
             return {"lacks": f"this build has no {device.partition(':')[0]} backend"}
-        name, pointer = here[device]
+        name, pointer = here
         told = _llama_logits(path, {"n_gpu_layers": LAYERS + 1}, pointer)
         plain = _llama_logits(path, {"n_gpu_layers": 0, "use_extra_bufts": False})
         close = bool(np.abs(told - plain).max() < CLOSE * plain.std())
@@ -71,22 +70,20 @@ def onnxruntime(request: Mapping[str, Any]) -> dict[str, str]:
     import numpy as np
     import onnxruntime as ort
 
-    provider = "CPUExecutionProvider" if request["device"] == "cpu" else "CUDAExecutionProvider"
+    from shortstack.runtimes.capabilities import device_kind
+    from shortstack.runtimes.ort import CUDA, check_in_force, providers
+
+    device = device_kind(request["device"])
     offered = ort.get_available_providers()
     names = ", ".join(name.removesuffix("ExecutionProvider") for name in offered)
-    if provider not in offered:
+    if device[0] == "cuda" and CUDA not in offered:
         return {"lacks": f"this build has no CUDA provider, it has: {names}"}
-    options: dict[str, str] = {}
-    if provider.startswith("CUDA"):
-        options = {"device_id": request["device"].partition(":")[2]}
-        ort.preload_dlls()
     ort.disable_telemetry_events()
     ort.set_default_logger_severity(4)
     with tempfile.TemporaryDirectory() as folder:
         path = write_tiny_onnx(Path(folder))
-        session = ort.InferenceSession(str(path), providers=[(provider, options)])
-    if provider not in session.get_providers():  # it goes on with the CPU when a library is missing
-        raise ShortstackError(f"the CUDA libraries of onnxruntime do not load; it has: {names}")
+        session = ort.InferenceSession(str(path), providers=providers(ort, device))
+    check_in_force(session, device)
     (logits,) = session.run(["logits"], decoder_inputs(PROMPT))
     _check("onnxruntime", bool(np.allclose(logits[0, -1], decoder_answer(PROMPT), atol=1e-3)))
     return {"fact": f"runs a tiny decoder on {request['device']}; providers: {names}"}
@@ -178,13 +175,14 @@ def _llama_logits(path: Path, options: Mapping[str, Any], device: int | None = N
     import numpy as np
 
     from shortstack.libllama import last_words, libllama
+    from shortstack.llama_devices import list_of
 
     lib = libllama()
     params = lib.llama_model_default_params()
     for key, value in options.items():
         setattr(params, key, value)
-    alone = (ctypes.c_void_p * 2)(device, None)  # ends with a null
     if device is not None:
+        alone = list_of(device)
         params.devices = ctypes.cast(alone, ctypes.c_void_p)
     model = lib.llama_model_load_from_file(str(path).encode(), params)
     if not model:

@@ -58,6 +58,23 @@ def handles() -> dict[str, int]:
     return {ggml.ggml_backend_dev_name(pointer).decode(): pointer for pointer in pointers}
 
 
+def named(device: str) -> tuple[str, int] | None:
+    """llama.cpp's own name and pointer of a device such as `cuda:1`; None where this build cannot
+    compute on it. Its list is filtered and in an order of its own, so a number alone names nothing.
+    """
+    from shortstack.libllama import libllama
+
+    if not libllama().llama_supports_gpu_offload():
+        return None
+    found = ((n, pointer) for n, pointer in handles().items() if device_id(n) == device)
+    return next(found, None)
+
+
+def list_of(*pointers: int) -> Any:
+    """What `llama_model_params.devices` takes; keep it until the model is loaded."""
+    return (ctypes.c_void_p * (len(pointers) + 1))(*pointers, None)  # ends with a null
+
+
 def device_id(llama_name: str) -> str:
     """`CUDA0` is cuda:0, `MTL0` and `Metal` are metal:0."""
     letters, number = re.fullmatch(r"(.*?)(\d*)", llama_name).groups()  # type: ignore[union-attr]  # fits any text

@@ -85,12 +85,17 @@ def write_manifest(folder: Path, step: str, key: str, facts: Mapping[str, Any]) 
 
 def write_text(path: Path, text: str) -> None:
     """Write a whole file or none: through a temporary name on the same disk."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     try:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """Where `write_text` writes first: what a hard kill in its midst leaves."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def check_ours(folder: Path, step: str) -> None:
@@ -106,7 +111,9 @@ def check_ours(folder: Path, step: str) -> None:
         raise ShortstackError(f"{folder} is a file, not a folder. Choose another output.")
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
     manifest = read_manifest(folder)
-    if present and manifest is None:
+    ours = {MANIFEST, *(manifest or {}).get("files", ())}
+    ours |= {partial_of(Path(name)).as_posix() for name in ours}
+    if present - {partial_of(Path(MANIFEST)).name} and manifest is None:
         raise ShortstackError(
             f"{folder} exists and was not made by shortstack. Choose another output or empty it."
         )
@@ -117,7 +124,7 @@ def check_ours(folder: Path, step: str) -> None:
             f"{folder} holds the result of another command ({manifest.get('step')}). "
             "Choose another output."
         )
-    foreign = sorted(present - {MANIFEST, *manifest.get("files", ())}) if step != "run" else []
+    foreign = sorted(present - ours) if step != "run" else []
     if foreign:
         raise ShortstackError(
             f"{folder} holds {foreign[0]}, which shortstack did not make. "

@@ -39,7 +39,12 @@ class KnownSession:
 
     @property
     def info(self) -> dict[str, Any]:
-        return {"runtime": "fake", "version": "1", "threads": self._threads}
+        return {
+            "runtime": "fake",
+            "version": "1",
+            "threads": self._threads,
+            "order": os.environ.get("CUDA_DEVICE_ORDER"),
+        }
 
     def prefill(self, tokens: Sequence[int], *, all_logits: bool = False) -> NDArray[np.float32]:
         time.sleep(self._prefill_s)
@@ -64,6 +69,18 @@ class KnownSession:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class GoesBack(KnownSession):
+    """Decodes behind the same prompt again and again; `kept` are the tokens kept each time."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        self.kept: list[int] = []
+
+    def resume(self, keep: int, tokens: Sequence[int]) -> NDArray[np.float32] | None:
+        self.kept.append(keep)
+        return np.stack([_after(token) for token in tokens])
 
 
 class Hoarder(KnownSession):

@@ -17,6 +17,7 @@ from shortstack.devices import energy as counters
 from shortstack.devices import harness, worker
 from shortstack.devices.harness import measure
 from shortstack.devices.journal import Journal
+from shortstack.devices.measurement import Measurement
 from shortstack.devices.pace import Pace, in_words
 from shortstack.devices.protocol import Protocol
 from shortstack.devices.workload import Prompt, Workload
@@ -141,6 +142,20 @@ def test_cases_with_their_own_workload_and_prompt_run_them(
     assert (short.prompt_sha256, long.prompt_sha256) == (prompt.sha256, numbers.sha256)
 
 
+def test_the_options_of_the_runtime_are_in_the_record(
+    opener: str, make_case: MakeCase, workload: Workload, prompt: Prompt
+) -> None:
+    asked = (("gpu_layers", "20"), ("kv_type", "q8_0"))
+    cases = [
+        dataclasses.replace(make_case("instant"), options=asked),
+        make_case("instant", "pruned"),
+    ]
+    given, default = measure(cases, workload, prompt, protocol=Protocol(opener=opener))
+    assert given.to_dict()["options"] == dict(asked)
+    assert Measurement.from_dict(given.to_dict()).options == dict(asked)
+    assert default.options == {}
+
+
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(
     opener: str, make_case: MakeCase, workload: Workload, prompt: Prompt
 ) -> None:
@@ -207,17 +222,41 @@ def test_a_trial_for_energy_repeats_prefill_and_decode(
     """In this process, with a counter that counts calls of the work."""
     ran: dict[str, list[int]] = {}
 
+    session = fake_session.GoesBack(1)
+
     def measured(device: str, works: dict[str, Callable[[], int]]) -> dict[str, object]:
         ran.update({phase: [work(), work()] for phase, work in works.items()})
         return {"energy": [], "energy_reason": None}
 
     monkeypatch.setattr(counters, "measured", measured)
-    monkeypatch.setattr(worker, "_open", lambda request, work: fake_session.KnownSession(1))
+    monkeypatch.setattr(worker, "_open", lambda request, work: session)
     request = {"workload": workload.to_dict(), "tokens": list(prompt.tokens), "device": "cpu"}
     monkeypatch.setattr(worker, "_end_with_parent", lambda: None)
     told = worker.energy(request)
     assert told["energy_reason"] is None
     assert ran == {"prefill": [4, 4], "decode": [5, 5]}
+    assert set(session.kept) == {workload.input_tokens}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decoding_without_the_prompt_is_not_passed_off_as_its_energy(
+    batch: int, workload: Workload, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One session cannot go back at all, the other not with several rows."""
+    session = fake_session.Rows(1) if batch > 1 else fake_session.KnownSession(1)
+    ran: list[str] = []
+
+    def measured(device: str, works: dict[str, Callable[[], int]]) -> dict[str, object]:
+        ran.extend(works)
+        return {"energy": [], "energy_reason": None}
+
+    monkeypatch.setattr(counters, "measured", measured)
+    monkeypatch.setattr(worker, "_open", lambda request, work: session)
+    monkeypatch.setattr(worker, "_end_with_parent", lambda: None)
+    work = dataclasses.replace(workload, batch=batch)
+    request = {"workload": work.to_dict(), "tokens": list(prompt.tokens), "device": "cpu"}
+    assert "cannot go back" in worker.energy(request)["energy_reason"]
+    assert ran == ["prefill"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")

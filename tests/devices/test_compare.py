@@ -68,6 +68,17 @@ def test_a_lost_round_falls_back_to_the_unpaired_interval(pair: tuple[Entry, Ent
     assert found.decode_speedup.estimate == pytest.approx(1.2, rel=0.05)
 
 
+def test_rounds_of_two_sittings_are_no_pairs(pair: tuple[Entry, Entry]) -> None:
+    original, pruned = pair
+    late = tuple(
+        dataclasses.replace(t, conditions={**t.conditions, "sitting": 1})
+        for t in measurement(pruned).trials
+    )
+    (found,) = speedups([original, changed(pruned, trials=late)])
+    assert found.decode_speedup is not None
+    assert not found.paired
+
+
 def test_a_crash_gives_a_reason_and_keeps_the_sizes(pair: tuple[Entry, Entry]) -> None:
     original, pruned = pair
     (found,) = speedups([original, crashed(pruned)])
@@ -82,6 +93,7 @@ def test_a_crash_gives_a_reason_and_keeps_the_sizes(pair: tuple[Entry, Entry]) -
         ({"prompt_sha256": "0" * 64}, "prompt"),
         ({"host": {"cpu": {"model": "another"}}}, "machine"),
         ({"device": "cuda:0"}, "device"),
+        ({"options": {"kv_type": "q8_0"}}, "options"),
         ({"protocol": {"order": "one after the other"}}, "protocol"),
         ({"runtime_info": {"version": "2.0"}}, "runtime version"),
     ],

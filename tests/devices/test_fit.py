@@ -84,6 +84,37 @@ def test_the_cache_counts_with_batch_and_context(tiny: Path, make_case: MakeCase
     assert fit.refusal(artifact, work, "cuda:0", less, options) is not None
 
 
+def test_a_model_of_which_layers_stay_in_ram_is_tried(
+    make_case: MakeCase, workload: Workload
+) -> None:
+    artifact = dataclasses.replace(make_case("instant").artifact, size_bytes=15_000_000_000)
+    small = {"vram_bytes": 12_000_000_000}
+    layers = artifact.n_layers
+    for some in ("0", "2", str(layers)):
+        assert fit.refusal(artifact, workload, "cuda:0", small, {"gpu_layers": some}) is None
+    for every in ("all", str(layers + 1)):
+        assert fit.refusal(artifact, workload, "cuda:0", small, {"gpu_layers": every})
+
+
+def test_a_cache_with_windows_refuses_nothing(
+    tiny: Path, tmp_path: Path, make_case: MakeCase
+) -> None:
+    config = json.loads((tiny / "config.json").read_text(encoding="utf-8"))
+    windows = {
+        "model_type": "mistral",
+        "sliding_window": 64,
+        "architectures": ["MistralForCausalLM"],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config | windows), encoding="utf-8")
+    artifact = dataclasses.replace(make_case("instant").artifact, path=tmp_path, n_params=1000)
+    artifact = dataclasses.replace(
+        artifact, spec=dataclasses.replace(artifact.spec, format="checkpoint")
+    )
+    work = Workload(prompt_tokens=100_000, decode_tokens=8, threads=1)
+    assert fit.refusal(artifact, work, "cuda:0", {"vram_bytes": 5000}, {}) is None
+    assert fit.refusal(artifact, work, "cuda:0", {"vram_bytes": 3000}, {}) is not None
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is in the page cache")
 def test_dropped_pages_are_gone_and_read_ones_are_back(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(os.urandom(1 << 22))

@@ -89,6 +89,18 @@ def test_a_machine_that_slows_down_is_told(quiet: Measurement) -> None:
     assert "-6 %" in flag
 
 
+def test_prefill_is_held_to_the_same_as_decode(quiet: Measurement) -> None:
+    def with_prefill(seconds: list[float]) -> tuple[str, ...]:
+        made = [changed(t, prefill_s=s) for t, s in zip(quiet.trials, seconds, strict=True)]
+        return dataclasses.replace(quiet, trials=tuple(made)).flags
+
+    assert with_prefill([0.2, 0.25] * 6) == ("noisy: prefill speed varies by 12 % between trials",)
+    (drift,) = with_prefill([0.2 * 1.01**n for n in range(12)])
+    assert drift.startswith("drift: the last trials prefill -6 %")
+    short = "short window: prefill is timed for 4 ms a trial"
+    assert with_prefill([0.004] * 12) == (short,)
+
+
 def test_each_doubt_has_its_flag(quiet: Measurement) -> None:
     first, *rest = quiet.trials
     doubts = {
@@ -102,6 +114,11 @@ def test_each_doubt_has_its_flag(quiet: Measurement) -> None:
     }
     for word, trial in doubts.items():
         assert words(dataclasses.replace(quiet, trials=(trial, *rest))) == [word]
+
+
+def test_trials_of_a_later_sitting_alone_are_told(quiet: Measurement) -> None:
+    late = tuple(changed(t, conditions={"sitting": 1}) for t in quiet.trials)
+    assert words(dataclasses.replace(quiet, trials=late)) == ["resumed"]
 
 
 def test_reasons_that_slow_nothing_down_are_no_throttling(quiet: Measurement) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shortstack.artifact import Artifact, ExportSpec
-from shortstack.devices.harness import measure
+from shortstack.devices.harness import measure, without_folders
 from shortstack.devices.protocol import Protocol
 from shortstack.devices.schedule import Case, schedule
 from shortstack.devices.workload import Prompt, Workload
@@ -25,6 +25,20 @@ def test_a_model_twice_as_fast_shows_as_faster(
     original, pruned = measure(cases, workload, prompt, protocol=Protocol(opener=opener))
     for slow, fast in zip(original.decode_tokens_per_s, pruned.decode_tokens_per_s, strict=True):
         assert fast > slow
+
+
+def test_a_trial_numbers_cards_as_the_list_of_devices_does(
+    opener: str,
+    make_case: MakeCase,
+    workload: Workload,
+    prompt: Prompt,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    (measured,) = measure(
+        [make_case("instant")], workload, prompt, protocol=Protocol(opener=opener)
+    )
+    assert measured.runtime_info["order"] == "PCI_BUS_ID"
 
 
 def test_progress_counts_every_trial(
@@ -85,6 +99,15 @@ def test_original_and_pruned_are_neighbours_and_alternate(
     assert all(a != b for a, b in zip(leaders, leaders[1:], strict=False))
 
 
+def test_both_lead_among_the_cold_rounds_and_among_the_warm_ones(
+    make_case: MakeCase, workload: Workload
+) -> None:
+    cases = [make_case("instant"), make_case("instant", "pruned")]
+    work = dataclasses.replace(workload, repeats=4)
+    leaders = [step.case for step in schedule(cases, work, seed=3, cold=True)[::2]]
+    assert set(leaders[::2]) == set(leaders[1::2]) == {0, 1}
+
+
 def test_the_order_follows_the_seed(make_case: MakeCase, workload: Workload) -> None:
     cases = four_cases(make_case)
     workload = dataclasses.replace(workload, repeats=6)
@@ -112,3 +135,18 @@ def test_a_real_runtime_goes_through_the_same_harness(tmp_path: Path) -> None:
     assert measured.runtime_info["threads"] == 1
     assert len({trial.output_sha256 for trial in measured.trials}) == 1
     assert measured.memory[0].peak_total_bytes > path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [
+        ("cannot open /home/me/x.bin", "cannot open x.bin"),
+        ("error:/home/me/models/x.bin: no file", "error:x.bin: no file"),
+        ("error: C:\\Users\\me\\x.bin", "error: x.bin"),
+        ("in file:///home/me/x.bin", "in file:x.bin"),
+        ("see https://example.org/docs/page", "see https://example.org/docs/page"),
+        ("half/half and 3 tokens/s", "half/half and 3 tokens/s"),
+    ],
+)
+def test_no_folder_stands_in_a_record(told: str, kept: str) -> None:
+    assert without_folders(told, Path("/data/model.gguf")) == kept

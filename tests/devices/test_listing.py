@@ -37,15 +37,6 @@ def test_the_processor_comes_first_and_cards_follow(monkeypatch: pytest.MonkeyPa
     assert [one["id"] for one in host.describe()["devices"]] == ["cpu", "cuda:0", "cuda:1"]
 
 
-def test_unlike_cards_carry_a_note_unless_their_order_is_set(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    plug_in(monkeypatch, FakeCard("GPU-a", "big"), FakeCard("GPU-b", "small"))
-    assert "CUDA_DEVICE_ORDER=PCI_BUS_ID" in listing.devices()[1]["note"]
-    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    assert "note" not in listing.devices()[1]
-
-
 def test_a_divided_card_says_that_cuda_sees_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     plug_in(monkeypatch, FakeCard("GPU-a", says={"nvmlDeviceGetMigMode": (1, 1)}))
     assert "MIG is on" in listing.devices()[1]["note"]

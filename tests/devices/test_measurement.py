@@ -74,7 +74,7 @@ def test_a_newer_schema_is_refused(measured: Measurement) -> None:
 
 def test_a_record_of_schema_1_is_still_read(measured: Measurement) -> None:
     data = measured.to_dict()
-    new = ("device_info", "kv_bytes_per_token", "energy", "energy_reason")
+    new = ("device_info", "options", "kv_bytes_per_token", "energy", "energy_reason")
     old = {k: v for k, v in data.items() if k not in new} | {"schema": 1}
     counts = ("depth_tokens", "batch", "cooldown_s", "time_budget_s")
     old["workload"] = {k: v for k, v in data["workload"].items() if k not in counts}
@@ -92,6 +92,9 @@ def test_a_damaged_record_is_refused_in_one_line(measured: Measurement, missing:
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_field_is_refused(measured: Measurement) -> None:
-    with pytest.raises(ShortstackError, match="damaged"):
-        Measurement.from_dict({**measured.to_dict(), "colour": "red"})
+def test_further_fields_are_left_alone(measured: Measurement) -> None:
+    data = measured.to_dict() | {"colour": "red"}
+    for name in ("artifact", "workload"):
+        data[name] = data[name] | {"colour": "red"}
+    data["trials"] = [trial | {"colour": "red"} for trial in data["trials"]]
+    assert Measurement.from_dict(data, measured.artifact.path.parent) == measured

@@ -323,6 +323,15 @@ def test_fewer_layers_are_compared_in_turn_within_a_run(both: Merged) -> None:
     assert cut.bytes_ratio == pytest.approx((30 * PER_LAYER + REST) / (18 * PER_LAYER + REST))
 
 
+def test_a_case_tried_again_in_a_later_sitting_is_not_paired(load: Load) -> None:
+    record = bench([measurement("original", 30), measurement("cut24", 24)])
+    for trial in record["measurements"][1]["trials"]:
+        trial["conditions"]["sitting"] = 1
+    (found,) = gains(merge(load(record)).measured)
+    assert found.decode is not None
+    assert not found.paired
+
+
 def test_fewer_layers_under_another_prompt_are_refused(load: Load) -> None:
     record = bench([measurement("original", 30), measurement("cut24", 24)])
     record["measurements"][1]["prompt_sha256"] = "a" * 64

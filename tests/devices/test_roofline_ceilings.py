@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shortstack.devices.roofline import cpu, cuda, products
+from shortstack import child
+from shortstack.devices.roofline import ceilings, cpu, cuda, products
 from shortstack.devices.roofline.ceilings import measure
 from shortstack.devices.roofline.timing import Products, fastest_products, repeat
 from shortstack.errors import MissingExtraError, ShortstackError
@@ -253,3 +254,13 @@ def test_a_real_card_is_measured() -> None:
     found = measure("cuda:0", budget_s=1.0)
     assert 5e10 < found["read_bytes_per_s"] < 2e13
     assert 1e12 < found["matmul_flops_per_s"]["float16"] < 1e16
+
+
+def test_ceilings_are_of_the_card_that_the_list_of_devices_numbers_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: dict[str, object] = {}
+    monkeypatch.setattr(ceilings, "require", lambda *_: None)
+    monkeypatch.setattr(child, "call", lambda *_, **kept: told.update(kept) or {})
+    measure("cuda:1")
+    assert told["env"] == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}

@@ -150,3 +150,12 @@ def test_ids_of_devices() -> None:
     assert device_kind("cuda:3") == ("cuda", 3)
     with pytest.raises(ShortstackError, match="no device"):
         device_kind("cuda:x")
+
+
+def test_llama_cpp_says_how_it_splits_and_reads_the_model(files: dict[str, Path]) -> None:
+    with open_session(files["gguf"], "llama.cpp", threads=1, context_tokens=8) as session:
+        info = session.info
+    told = {name: info[name] for name in ("backend", "n_gpu_layers", "n_batch", "n_ubatch", "mmap")}
+    assert told == {"backend": "CPU", "n_gpu_layers": 0, "n_batch": 512, "n_ubatch": 512} | {
+        "mmap": True
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -259,3 +260,111 @@ def test_a_missing_package_names_the_pip_command(
     path = files[RUNTIMES[runtime][0]]
     with pytest.raises(MissingExtraError, match=rf"pip install 'shortstack\[{extra}\]'"):
         open_session(path, runtime, threads=1, context_tokens=4)
+
+
+def test_llama_cpp_opens_the_device_that_is_named_not_the_nth_of_its_own_list(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp leaves integrated graphics out of its list, so that numbers move."""
+    import ctypes
+
+    from shortstack import llama_devices
+    from shortstack.libllama import libllama
+
+    here = {"Vulkan0": 11, "CUDA0": 22, "CUDA1": 33}
+    given: list[int] = []
+
+    def load(path: bytes, params: Any) -> None:
+        given.append(ctypes.cast(params.devices, ctypes.POINTER(ctypes.c_void_p))[0])
+        assert ctypes.cast(params.devices, ctypes.POINTER(ctypes.c_void_p))[1] is None
+        assert params.main_gpu == 0
+
+    monkeypatch.setattr(llama_devices, "handles", lambda: here)
+    monkeypatch.setattr(libllama(), "llama_supports_gpu_offload", lambda: True)
+    monkeypatch.setattr(libllama(), "llama_model_load_from_file", load)
+    for device in ("cuda:1", "vulkan:0", "cuda"):
+        with pytest.raises(ShortstackError, match="cannot open"):
+            open_session(files["gguf"], "llama.cpp", threads=1, context_tokens=4, device=device)
+    assert given == [33, 11, 22]
+    with pytest.raises(ShortstackError, match="has no metal:0, it has"):
+        open_session(files["gguf"], "llama.cpp", threads=1, context_tokens=4, device="metal:0")
+
+
+def test_no_cache_is_zeroed_or_made_anew_while_a_prompt_is_timed(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shortstack.libllama import libllama
+
+    lib = libllama()
+    zeroed: list[bool] = []
+    clear = lib.llama_memory_clear
+
+    def watched(memory: Any, data: bool) -> None:
+        zeroed.append(data)
+        clear(memory, data)
+
+    monkeypatch.setattr(lib, "llama_memory_clear", watched)
+    with open_session(files["gguf"], "llama.cpp", threads=1, context_tokens=16) as session:
+        session.prefill(TOKENS)
+    assert zeroed == [False]
+    genai = pytest.importorskip("onnxruntime_genai")
+    made = []
+
+    def counted(*given: Any) -> Any:
+        made.append(1)
+        return build(*given)
+
+    build = genai.Generator
+    monkeypatch.setattr(genai, "Generator", counted)
+    with open_session(files["onnx"], "onnxruntime-genai", threads=1, context_tokens=16) as session:
+        before = len(made)
+        first = session.prefill(TOKENS)
+        session.decode(5)
+        np.testing.assert_array_equal(session.prefill(TOKENS), first)
+    assert (before, len(made)) == (1, 1)
+
+
+def test_a_step_binds_its_ids_and_not_the_cache_where_that_is_shared(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shortstack.runtimes import ort
+
+    session = ort.open_session(files["onnx"], threads=1, context_tokens=16)
+    with session:
+        assert session.info["kv_cache_shared"]
+        session.prefill(TOKENS[:5])
+        expected = [session.decode(token) for token in TOKENS[5:7]]
+        session.prefill(TOKENS[:5])
+        monkeypatch.setattr(ort, "HOST", ("cpu", 1))  # as on a card
+        monkeypatch.setattr(session, "_bind", lambda *_: pytest.fail("all was bound anew"))
+        monkeypatch.setattr(session, "_bind_cache", lambda *_: pytest.fail("the cache was bound"))
+        again = [session.decode(token) for token in TOKENS[5:7]]
+    np.testing.assert_array_equal(again, expected)
+
+
+def test_genai_decodes_nothing_before_a_prompt(files: dict[str, Path]) -> None:
+    with open_session(files["onnx"], "onnxruntime-genai", threads=1, context_tokens=4) as session:
+        with pytest.raises(ShortstackError, match="needs a prefill"):
+            session.decode(1)
+        assert isinstance(session, Resumable)
+        assert session.resume(1, [2]) is None
+
+
+def test_a_card_that_onnxruntime_silently_leaves_is_an_error(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine with onnxruntime-gpu and without cuDNN: the session has the CPU alone."""
+    ort = pytest.importorskip("onnxruntime")
+    loaded: list[int] = []
+    build = ort.InferenceSession
+
+    def on_the_cpu(*given: Any, providers: list[Any]) -> Any:
+        assert loaded == [1]
+        assert providers[0] == ("CUDAExecutionProvider", {"device_id": 1})
+        return build(*given, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: loaded.append(1))
+    monkeypatch.setattr(ort, "InferenceSession", on_the_cpu)
+    with pytest.raises(ShortstackError, match=r"onnxruntime-gpu\[cuda,cudnn\]"):
+        open_session(files["onnx"], "onnxruntime", threads=1, context_tokens=4, device="cuda:1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shortstack.devices.report.compare import rounds_in_turn
 from shortstack.devices.report.merged.cases import Case
 from shortstack.devices.report.merged.unlike import why_unlike
 from shortstack.devices.stats import Interval, paired_ratio_interval, ratio_interval
@@ -83,7 +84,7 @@ def _gain(case: Case, whole: Case) -> Gain:
     if reasons:
         return Gain(case, whole, None, None, bytes_ratio, None, False, tuple(reasons))
     mine, theirs = ({t.round: i for i, t in enumerate(c.measurement.trials)} for c in (case, whole))
-    rounds = sorted(mine.keys() & theirs.keys())
+    rounds = sorted(rounds_in_turn(case.measurement.trials, whole.measurement.trials))
     paired = case.run == whole.run and len(rounds) == len(mine) == len(theirs)
 
     def speedup(above: Sequence[float], below: Sequence[float]) -> Interval:
