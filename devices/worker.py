@@ -17,6 +17,7 @@ from typing import Any
 from shortstack.child import report_progress
 from shortstack.devices import energy as counters
 from shortstack.devices import vram
+from shortstack.devices.busy import CpuClock
 from shortstack.devices.conditions import snapshot
 from shortstack.devices.host import conditions
 from shortstack.devices.lanes import Lanes, lanes
@@ -45,7 +46,7 @@ def timing(request: Mapping[str, Any]) -> dict[str, Any]:
     _end_with_parent()
     workload, tokens = Workload.from_dict(request["workload"]), request["tokens"]
     path, device = Path(request["path"]), request["device"]
-    busy = _CpuClock()
+    busy = CpuClock()
     before, device_before = conditions(), snapshot(device)
     pages = prepare(path, cold=request["cold"])
     _enter("load")
@@ -243,42 +244,6 @@ def _timed(run: Lanes, tokens: Sequence[int], workload: Workload) -> dict[str, A
         "decode_step_s": step_s,
         "output_sha256": hashlib.sha256(repr(ids).encode()).hexdigest(),
     }
-
-
-class _CpuClock:
-    """How much of the machine's CPU time went to others while we ran."""
-
-    LEAST_S = 0.5
-    """Systems count CPU time in steps of 10 ms: a shorter window says nothing."""
-
-    def __init__(self) -> None:
-        import psutil
-
-        self._psutil = psutil
-        self._process = psutil.Process()
-        self.restart()
-
-    def restart(self) -> None:
-        self._wall = time.perf_counter()
-        self._all, self._own = self._read()
-
-    def foreign_share(self) -> float | None:
-        """Busy time of all cores that was not ours, over the time of all cores."""
-        busy, own = self._read()
-        wall = time.perf_counter() - self._wall
-        if wall < self.LEAST_S:
-            return None
-        foreign = (busy - self._all) - (own - self._own)
-        share = foreign / (wall * (self._psutil.cpu_count() or 1))
-        return round(min(1.0, max(0.0, share)), 4)
-
-    def _read(self) -> tuple[float, float]:
-        times = self._psutil.cpu_times()
-        idle = times.idle + getattr(times, "iowait", 0.0)
-        # Linux counts guests twice: inside user, and apart.
-        twice = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
-        own = self._process.cpu_times()
-        return sum(times) - idle - twice, own.user + own.system
 
 
 def _end_with_parent() -> None:

@@ -38,22 +38,30 @@ def to_json(data: ReportData) -> str:
     return json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def to_html(data: ReportData) -> str:
-    """One file: styles and charts inside, no script, nothing fetched."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
+def environment(folder: Path) -> Environment:
+    """Templates of a folder: every name from a record is escaped, and none may be missing."""
+    return Environment(
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def to_html(data: ReportData) -> str:
+    """One file: styles and charts inside, no script, nothing fetched."""
     style = (HERE / "style.css").read_text(encoding="utf-8")
-    return environment.get_template("template.html.j2").render(
-        style=Markup(style),  # our own sheet, no user's words in it
-        cards=_cards(data),
-        figures=figures(data, speedups(data.entries)),
-        layers=layer_scores(data),
-        **_content(data),
+    return (
+        environment(HERE)
+        .get_template("template.html.j2")
+        .render(
+            style=Markup(style),  # our own sheet, no user's words in it
+            cards=_cards(data),
+            figures=figures(data, speedups(data.entries)),
+            layers=layer_scores(data),
+            **_content(data),
+        )
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shortstack.devices.busy import CpuClock
 from shortstack.devices.roofline.products import product_rates, product_sizes
 from shortstack.devices.roofline.timing import repeat
 from shortstack.devices.vram import free_bytes
@@ -45,7 +46,7 @@ def ceilings(request: Mapping[str, Any]) -> dict[str, Any]:
     cache = cache_bytes()
     free = free_bytes("cpu") or 0
     n_bytes = buffer_bytes(cache, free, threads)
-    busy = _Busy()
+    busy = CpuClock()
     seconds, passes = read_seconds(n_bytes, threads, READ_PART * budget_s)
     products, omitted, library = product_rates(
         threads, (1 - READ_PART) * budget_s, product_sizes(threads, free // MEMORY_PART)
@@ -69,7 +70,7 @@ def ceilings(request: Mapping[str, Any]) -> dict[str, Any]:
             },
             "matmul": {name: p.to_dict() for name, p in products.items()},
             "omitted": omitted,
-            "foreign_cpu_share": busy.share(),
+            "foreign_cpu_share": busy.foreign_share(),
         },
         "measured_in_s": time.perf_counter() - begun,
     }
@@ -164,32 +165,6 @@ def _read(queues: Sequence[deque[Words]]) -> None:
 
 def _largest(block: Words) -> int:
     return int(np.maximum.reduce(block))
-
-
-class _Busy:
-    """How much of the machine's CPU time went to others while we measured."""
-
-    def __init__(self) -> None:
-        self._wall, self._busy, self._own = self._look()
-
-    def share(self) -> float:
-        """Of the time of all cores, 0 to 1."""
-        import psutil
-
-        wall, busy, own = self._look()
-        foreign = (busy - self._busy) - (own - self._own)
-        cores = psutil.cpu_count() or 1
-        return round(min(1.0, max(0.0, foreign / ((wall - self._wall) * cores))), 4)
-
-    @staticmethod
-    def _look() -> tuple[float, float, float]:
-        import psutil
-
-        times, own = psutil.cpu_times(), psutil.Process().cpu_times()
-        # Linux counts guests twice: inside user, and apart.
-        twice = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
-        idle = times.idle + getattr(times, "iowait", 0.0)
-        return time.perf_counter(), sum(times) - idle - twice, own.user + own.system
 
 
 def threads_or_all(threads: int | None) -> int:

@@ -8,10 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shortstack.artifact import ExportSpec
-from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
-from shortstack.export import exporter
 from shortstack.runtimes import RUNTIMES, open_session
 from shortstack.runtimes.capabilities import CAPABILITIES, device_kind
 from shortstack.session import Batched, Extendable
@@ -20,17 +17,6 @@ ROWS = np.array(
     [[1, 50, 60, 70, 300, 20, 19], [45, 200, 210, 77, 12, 9, 8], [7, 7, 8, 400, 3, 2, 1]]
 )
 BATCHED = [name for name, row in CAPABILITIES.items() if row.batch]
-
-
-@pytest.fixture(scope="module")
-def files(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    checkpoint = Checkpoint.open(tiny)
-    found = {"checkpoint": tiny}
-    for text in ("gguf:F32", "onnx:fp32"):
-        spec = ExportSpec.parse(text)
-        folder = tmp_path_factory.mktemp(spec.format)
-        found[spec.format] = exporter(spec.format).export(checkpoint, spec, folder).path
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -21,18 +21,6 @@ TOKENS = [1, 50, 60, 70, 300, 20, 19, 45, 200, 210, 77, 12]
 
 
 @pytest.fixture(scope="session")
-def files(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tiny model in every format, float32."""
-    checkpoint = Checkpoint.open(tiny)
-    found = {"checkpoint": tiny}
-    for text in ("gguf:F32", "onnx:fp32"):
-        spec = ExportSpec.parse(text)
-        folder = tmp_path_factory.mktemp(spec.format)
-        found[spec.format] = exporter(spec.format).export(checkpoint, spec, folder).path
-    return found
-
-
-@pytest.fixture(scope="session")
 def truth(tiny: Path) -> np.ndarray:
     with open_session(tiny, "pytorch", threads=1, context_tokens=16) as session:
         return session.prefill(TOKENS, all_logits=True)

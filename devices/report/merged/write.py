@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from shortstack import __version__
@@ -25,6 +24,7 @@ from shortstack.devices.report.merged.merge import Merged
 from shortstack.devices.report.merged.pictures import figures
 from shortstack.devices.report.merged.roof import roofline
 from shortstack.devices.report.merged.table_csv import to_csv
+from shortstack.devices.report.render import environment
 from shortstack.devices.report.view import Table
 from shortstack.manifest import write_text
 
@@ -56,25 +56,22 @@ def to_html(merged: Merged) -> str:
     The page's own policy forbids every other script and every request, so that no name in a
     record can cause one even if an escape were forgotten.
     """
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     script = (HERE / "sort.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     style = "\n".join(
         file.read_text(encoding="utf-8")
         for file in (HERE.parent / "style.css", HERE / "merged.css")
     )
-    return environment.get_template("merged.html.j2").render(
-        style=Markup(style),  # our own sheets and script, no record's words in them
-        script=Markup(script),
-        script_sha256=digest,
-        version=__version__,
-        **_content(merged),
+    return (
+        environment(HERE)
+        .get_template("merged.html.j2")
+        .render(
+            style=Markup(style),  # our own sheets and script, no record's words in them
+            script=Markup(script),
+            script_sha256=digest,
+            version=__version__,
+            **_content(merged),
+        )
     )
 
 
