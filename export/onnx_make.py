@@ -71,7 +71,7 @@ def write(
             how = Quantization.of(BITS[precision], chosen, importance)
             quantize(graph, tables, how, data, report)
             RemoveUnusedNodesPass()(model)
-        if precision == "fp16":
+        if precision == "fp16" or chosen.get("activations") == "float16":
             to_half(graph)
         _write_rest(graph.initializers.values(), data, report)
     ir.save(model, out / MODEL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,9 @@ def make_plan(models: Sequence[str], choice: BenchChoice) -> Plan:
     _check_words(choice.options)
     lengths = tuple(dict.fromkeys(choice.prompt_tokens))
     workloads = [choice.workload(length) for length in lengths]
-    artifacts = [benchable(name, choice.options.get("dtype", "float32")) for name in models]
+    with ThreadPoolExecutor() as pool:  # most of it is hashing, which frees the interpreter
+        dtype = choice.options.get("dtype", "float32")
+        artifacts = list(pool.map(lambda name: benchable(name, dtype), models))
     for artifact in artifacts:
         _check_context(artifact, workloads)
     prompts = _prompts(artifacts, open_corpus(choice.text), workloads)
