@@ -48,6 +48,24 @@ def test_the_share_of_decode_is_bytes_a_second_over_bandwidth() -> None:
     assert share.share.n == 3
 
 
+def test_of_a_batch_a_step_counts_once_and_a_prompt_as_often_as_there_are_rows() -> None:
+    tokens = {"depth_tokens": 7, "prompt_tokens": 4, "decode_tokens": 3}
+    record = a_record(step_s=0.5, weights=1000, kv=10)
+    record["workload"].update(tokens, batch=8)
+    record["artifact"].update(matmul_params=60, head_params=20)
+    # Steps read 12, 13 and 14 tokens of eight rows: 1000 + 13 x 10 x 8 bytes, twice a second.
+    ceilings = a_run(record, read=8160)["ceilings"]
+    decode = decode_share(record, ceilings)
+    assert decode.achieved_per_s is not None
+    assert decode.achieved_per_s.estimate == 2 * 2040
+    assert decode.share is not None
+    assert decode.share.estimate == 0.5
+    # Eight prompts of four tokens through 60, their last ones through the head; the depth untimed.
+    prefill = prefill_share(record, ceilings)
+    assert prefill.achieved_per_s is not None
+    assert prefill.achieved_per_s.estimate == pytest.approx(2 * (60 * 4 * 8 + 20 * 8) / 0.025)
+
+
 def test_the_interval_of_the_trials_is_carried_to_the_share() -> None:
     record = a_record(step_s=0.004, weights=12 * GB, spread=0.25)
     share = decode_share(record, a_run(record, read=4000 * GB)["ceilings"]).share
