@@ -1,14 +1,22 @@
 """`shortstack bench` against llama-bench on the same file, taking turns; or against genai's loop.
 
-    python -m benchmarks.side_by_side MODEL.gguf --llama-bench PATH [--prompt-tokens 512]
-        [--decode-tokens 128] [--threads N] [--rounds 6]
-    python -m benchmarks.side_by_side MODEL_ONNX_FOLDER [...]
+    python -m benchmarks.side_by_side MODEL... [--device cuda:0] [--llama-bench PATH]
+        [--prompt-tokens 512] [--decode-tokens 128] [--threads N] [--rounds 6] [--json FILE]
 
-Each round runs both once, in fresh processes, who goes first alternating. Prefill is the prompt
-into an empty cache, decode single tokens behind it (llama-bench: `-d`, the cache filled first).
-genai's own figures are those of its Generator on as many threads (left alone it takes one of two
-here): append_tokens, then generate_next_token, greedy.
-Prints the median over rounds of ours / theirs, with a bootstrap over rounds.
+MODEL: a .gguf file (llama.cpp, against llama-bench) or an ONNX folder (onnxruntime-genai, against
+a plain loop over its Generator). Each round runs both once, in fresh processes, who goes first
+alternating; ours begins, and what its record says of the runtime sets llama-bench's options.
+Prefill is the prompt into an empty cache, decode single tokens behind it (llama-bench: `-d`, the
+cache filled first). Both sides warm up: llama-bench with the whole prompt or one token, genai's
+loop with the whole prompt and 8 tokens.
+
+What stays unlike: our clock includes the logits' way to the host, and of decode an argmax there;
+llama-bench waits for the device and reads no logits. llama-bench keeps no more of the cache than
+a sliding window needs (`swa_full`), ours all of it. genai chooses its tokens itself, on a card
+there; its prefill ends there, as ours, when the logits are on the host.
+
+Prints, a row for each model, medians over rounds and the median of ours / theirs, with a bootstrap
+over rounds; `--json` keeps every round.
 """
 
 from __future__ import annotations
@@ -20,142 +28,283 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from shortstack.devices.host import usable_cores
-from shortstack.devices.stats import Interval, paired_ratio_interval
+from shortstack.devices.host import libraries, usable_cores
+from shortstack.devices.stats import median, paired_ratio_interval
+from shortstack.errors import ShortstackError, one_line
+from shortstack.runtimes.capabilities import device_kind
+from shortstack.runtimes.llama_cpp import FLASH_ATTENTION
 
 FIGURES = ("prefill_tokens_per_s", "decode_tokens_per_s")
-Figures = dict[str, float]
+KINDS = ("cpu", "cuda")
+TIMEOUT_S = 900
+ALL_LAYERS = 999
+WARMUP_DECODE_TOKENS = 8
+Figures = dict[str, Any]
+"""FIGURES, and what else a side has to tell of a round."""
+Round = dict[str, Any]
 
 
-def ours(asked: argparse.Namespace, runtime: str) -> Figures:
-    """One trial of `shortstack bench`."""
+def ours(model: Path, runtime: str, asked: argparse.Namespace) -> Figures:
+    """One trial of `shortstack bench`, with what the runtime says of itself."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bench"
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "shortstack", "bench", str(asked.model), "-o", str(out)),
-                *("--runtime", runtime, "--repeats", "1", "--memory-repeats", "0", "--quiet"),
-                *("--prompt-tokens", str(asked.prompt_tokens), "--threads", str(asked.threads)),
-                *("--decode-tokens", str(asked.decode_tokens)),
-            ],
-            stdout=subprocess.DEVNULL,
-            check=True,
-        )
-        record = json.loads((out / "bench.json").read_text(encoding="utf-8"))
-    (trial,) = record["measurements"][0]["trials"]
+        words = [sys.executable, "-m", "shortstack", "bench", model, "-o", out]
+        words += ["--runtime", runtime, "--device", asked.device, "--threads", asked.threads]
+        words += ["--prompt-tokens", asked.prompt_tokens, "--decode-tokens", asked.decode_tokens]
+        words += ["--repeats", 1, "--memory-repeats", 0, "--no-ceilings", "--quiet"]
+        told = _run(words, may_fail=True)
+        file = out / "bench.json"
+        if not file.is_file():
+            raise ShortstackError(f"shortstack bench: {_last_line(told.stderr)}")
+        (found,) = json.loads(file.read_text(encoding="utf-8"))["measurements"]
+    if found["failure"] is not None:
+        raise ShortstackError(f"shortstack bench: {found['failure']['message']}")
+    (trial,) = found["trials"]
     steps = trial["decode_step_s"]
     rates = (asked.prompt_tokens / trial["prefill_s"], len(steps) / sum(steps))
-    return dict(zip(FIGURES, rates, strict=True))
+    named = ("prefill_s", "decode_step_s", "warmup", "device_before", "device_after")
+    return {
+        **dict(zip(FIGURES, rates, strict=True)),
+        **{name: trial[name] for name in named},
+        "runtime_info": found["runtime_info"],
+    }
 
 
-def llama_bench(asked: argparse.Namespace) -> Figures:
+def llama_bench_words(device: str, info: Mapping[str, Any]) -> list[str]:
+    """llama-bench's options that repeat what our session did, by its `info`.
+
+    Left at its default, which is ours too: how the file is loaded (auto: mapped where the device
+    reads host memory), and flash attention where ours is auto; `_check_alike` looks at what it
+    took. On the CPU neither products nor cache go to a card that is there.
+    """
+    words = ["-b", info["n_batch"], "-ub", info["n_ubatch"]]
+    if info["flash_attention"] != "auto":
+        words += ["-fa", info["flash_attention"]]
+    words += ["-ctk", info["kv_cache"].lower(), "-ctv", info["kv_cache"].lower()]
+    words += ["--repack", int(info["extra_buffers"])]
+    kind, number = device_kind(device)
+    if kind == "cpu":
+        words += ["-ngl", 0, "-nkvo", 1, "-nopo", 1]
+    else:
+        words += ["-ngl", ALL_LAYERS, "-dev", f"CUDA{number}", "-sm", "none", "-mg", 0]
+    return [str(word) for word in words]
+
+
+def llama_bench(model: Path, asked: argparse.Namespace, info: Mapping[str, Any]) -> Figures:
     """One repetition of each test of llama-bench, in a process each."""
-    prompt, decode = str(asked.prompt_tokens), str(asked.decode_tokens)
-    tests = (("-p", prompt, "-n", "0"), ("-p", "0", "-n", decode, "-d", prompt))
-    rates = []
+    prompt, decode = asked.prompt_tokens, asked.decode_tokens
+    tests = (("-p", prompt, "-n", 0), ("-p", 0, "-n", decode, "-d", prompt))
+    made = []
     for test in tests:
-        words = [asked.llama_bench, "-m", asked.model, *test, "-t", asked.threads, "-r", 1]
-        words += ["-o", "json", "-ngl", 0]
-        done = subprocess.run(
-            [str(word) for word in words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            check=True,
-        )
-        rates.append(json.loads(done.stdout)[0]["avg_ts"])
-    return dict(zip(FIGURES, rates, strict=True))
+        words = [asked.llama_bench, "-m", model, *test, "-t", asked.threads, "-r", 1, "-o", "json"]
+        told = _run([*words, *llama_bench_words(asked.device, info)])
+        made += json.loads(told.stdout)
+    for one in made:
+        _check_alike(one, info)
+        one["model_filename"] = Path(one["model_filename"]).name
+    return {**{name: one["avg_ts"] for name, one in zip(FIGURES, made, strict=True)}, "tests": made}
 
 
-def genai(asked: argparse.Namespace) -> Figures:
+def _check_alike(test: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+    """Raise ShortstackError where llama-bench says that it ran with other settings than we."""
+    wanted = {
+        **{name: info[name] for name in ("n_batch", "n_ubatch", "threads")},
+        "type_k": info["kv_cache"].lower(),
+        "flash_attn": FLASH_ATTENTION[info["flash_attention"]],
+    }
+    for name, ours in wanted.items():
+        theirs = test["n_threads" if name == "threads" else name]
+        if theirs != ours:
+            raise ShortstackError(
+                f"llama-bench ran with {name} {theirs}, ours with {ours}. "
+                "Take the llama-bench of the llama.cpp that llama-cpp-python has."
+            )
+
+
+def genai(model: Path, asked: argparse.Namespace) -> Figures:
     """genai's own loop, in a process of its own."""
-    words = ["--prompt-tokens", asked.prompt_tokens, "--decode-tokens", asked.decode_tokens]
-    words += ["--threads", asked.threads]
-    done = subprocess.run(
-        [sys.executable, __file__, str(asked.model), "--genai-loop", *map(str, words)],
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    found: Figures = json.loads(done.stdout)
+    words = [sys.executable, __file__, model, "--genai-loop", "--device", asked.device]
+    words += ["--prompt-tokens", asked.prompt_tokens, "--decode-tokens", asked.decode_tokens]
+    found: Figures = json.loads(_run([*words, "--threads", asked.threads]).stdout)
     return found
 
 
-def genai_loop(asked: argparse.Namespace) -> Figures:
+def genai_loop(model: Path, asked: argparse.Namespace) -> Figures:
+    """Provider and threads as our session sets them; genai left alone takes other ones."""
     import numpy as np
     import onnxruntime_genai as og
 
-    config = og.Config(str(asked.model))
+    config = og.Config(str(model))
     options = {"intra_op_num_threads": asked.threads, "inter_op_num_threads": 1}
     config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-    model = og.Model(config)
+    config.clear_providers()
+    kind, number = device_kind(asked.device)
+    if kind == "cuda":
+        config.append_provider("cuda")
+        config.set_provider_option("cuda", "device_id", str(number))
+    loaded = og.Model(config)
     length = asked.prompt_tokens + asked.decode_tokens + 1
-    prompt = np.random.default_rng(0).integers(100, 10_000, asked.prompt_tokens, np.int32)
+    told = json.loads((model / "genai_config.json").read_text(encoding="utf-8"))
+    most = min(10_000, told["model"]["vocab_size"])
+    prompt = np.random.default_rng(0).integers(100, most, asked.prompt_tokens, np.int32)
 
     def run(n_decode: int) -> tuple[float, float]:
-        parameters = og.GeneratorParams(model)
+        parameters = og.GeneratorParams(loaded)
         parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
-        generator = og.Generator(model, parameters)
+        generator = og.Generator(loaded, parameters)
         start = time.perf_counter()
         generator.append_tokens(prompt)
+        if kind != "cpu":  # onnxruntime need not have waited for the card: read the result
+            generator.get_logits()
         prefilled = time.perf_counter()
         generator.generate_next_token()
+        generator.get_next_tokens()
         begun = time.perf_counter()
         for _ in range(n_decode):
             generator.generate_next_token()
+        generator.get_next_tokens()
         return prefilled - start, time.perf_counter() - begun
 
-    run(8)  # warm
+    run(min(WARMUP_DECODE_TOKENS, asked.decode_tokens))
     prefill_s, decode_s = run(asked.decode_tokens)
     rates = (asked.prompt_tokens / prefill_s, asked.decode_tokens / decode_s)
-    return dict(zip(FIGURES, rates, strict=True))
+    found = dict(zip(FIGURES, rates, strict=True))
+    return {**found, "prefill_s": prefill_s, "decode_s": decode_s}
 
 
-def compared(asked: argparse.Namespace) -> dict[str, tuple[Interval, float, float]]:
-    """Figure -> ratio of ours to theirs, our median, their median."""
-    import statistics
+def rounds(model: Path, asked: argparse.Namespace, made: list[Round]) -> None:
+    """Append each round to `made` as it ends. Raises ShortstackError where a side fails."""
+    gguf = is_gguf(model)
+    info: dict[str, Any] = {}
 
-    gguf = asked.model.suffix == ".gguf"
-    sides = (
-        lambda: ours(asked, "llama.cpp" if gguf else "onnxruntime-genai"),
-        lambda: llama_bench(asked) if gguf else genai(asked),
-    )
-    seen: tuple[list[Figures], list[Figures]] = ([], [])
+    def mine() -> Figures:
+        found = ours(model, "llama.cpp" if gguf else "onnxruntime-genai", asked)
+        info.update(found["runtime_info"])
+        return found
+
+    def other() -> Figures:
+        return llama_bench(model, asked, info) if gguf else genai(model, asked)
+
+    sides: tuple[tuple[str, Callable[[], Figures]], ...] = (("ours", mine), ("theirs", other))
     for number in range(asked.rounds):
-        for side in (0, 1) if number % 2 == 0 else (1, 0):
-            seen[side].append(sides[side]())
-        told = "  ".join(f"{n} {seen[0][-1][n]:.1f} {seen[1][-1][n]:.1f}" for n in FIGURES)
-        print(f"round {number + 1}: {told}", file=sys.stderr, flush=True)
-    found = {}
+        turn = sides if number % 2 == 0 else sides[::-1]
+        made.append({"first": turn[0][0], **{name: side() for name, side in turn}})
+        told = "  ".join(
+            f"{n} {made[-1]['ours'][n]:.1f} {made[-1]['theirs'][n]:.1f}" for n in FIGURES
+        )
+        print(f"{model.name}, round {number + 1}: {told}", file=sys.stderr, flush=True)
+
+
+def row(model: str, pair: tuple[str, str], made: list[Round]) -> str:
+    """A line of the table: medians of both sides, the median of the rounds' ratios."""
+    cells = [model, *pair]
     for name in FIGURES:
-        mine, other = ([figures[name] for figures in side] for side in seen)
-        medians = statistics.median(mine), statistics.median(other)
-        found[name] = (paired_ratio_interval(mine, other), *medians)
-    return found
+        mine, other = ([one[side][name] for one in made] for side in ("ours", "theirs"))
+        ratio = paired_ratio_interval(mine, other)
+        cells += [f"{median(mine):,.1f}", f"{median(other):,.1f}"]
+        cells += [f"{ratio.estimate:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"]
+    return f"| {' | '.join(cells)} |"
 
 
-def main() -> None:
+HEAD = """\
+| model | runtime | against | prefill, tokens/s: ours | theirs | ratio (95 %) \
+| decode, tokens/s: ours | theirs | ratio (95 %) |
+|---|---|---|---:|---:|---|---:|---:|---|"""
+
+
+def is_gguf(model: Path) -> bool:
+    return model.suffix == ".gguf"
+
+
+def compare(asked: argparse.Namespace) -> list[str]:
+    """Print the table, a row as soon as it is known; give back what failed."""
+    kept: dict[str, Any] = {
+        **{name: getattr(asked, name) for name in ("device", "threads", "prompt_tokens")},
+        **{"decode_tokens": asked.decode_tokens, "libraries": libraries(), "models": []},
+    }
+    failed = []
+    print(HEAD)
+    for model in asked.models:
+        pair = ("llama.cpp", "llama-bench") if is_gguf(model) else ("onnxruntime-genai", "its loop")
+        made: list[Round] = []
+        failure = None
+        try:
+            rounds(model, asked, made)
+        except ShortstackError as error:  # the other models' turns are not lost
+            failure = str(error)
+            failed.append(f"{model.name}: {failure}")
+        if made:
+            print(row(model.name, pair, made), flush=True)
+        one = {"model": model.name, "runtime": pair[0], "against": pair[1], "failure": failure}
+        kept["models"].append({**one, "rounds": made})
+        if asked.json is not None:
+            asked.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    return failed
+
+
+def _run(words: list[Any], *, may_fail: bool = False) -> subprocess.CompletedProcess[str]:
+    said = [str(word) for word in words]
+    name = Path(said[0]).name
+    try:
+        done = subprocess.run(said, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        why = f"{name} ran longer than {TIMEOUT_S} s. Ask for fewer tokens."
+        raise ShortstackError(why) from None
+    if done.returncode and not may_fail:
+        raise ShortstackError(f"{name} ended with {done.returncode}: {_last_line(done.stderr)}")
+    return done
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return one_line(lines[-1], 300) if lines else "it gave no reason"
+
+
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", type=Path)
+    parser.add_argument("models", type=Path, nargs="+", metavar="MODEL")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
     parser.add_argument("--llama-bench", type=Path)
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--decode-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep every round's raw figures")
     parser.add_argument("--genai-loop", action="store_true", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.genai_loop:
-        print(json.dumps(genai_loop(asked)))
-        return
-    if asked.model.suffix == ".gguf" and not (
-        asked.llama_bench and os.access(asked.llama_bench, os.X_OK)
-    ):
+    return parser
+
+
+def checked(parser: argparse.ArgumentParser, words: list[str] | None = None) -> argparse.Namespace:
+    """What was asked for; ends with a message where that cannot be compared."""
+    asked = parser.parse_args(words)
+    try:
+        kind, _ = device_kind(asked.device)
+    except ShortstackError as error:
+        parser.error(str(error))
+    if kind not in KINDS:
+        parser.error(f"{asked.device}: llama-bench's options are known here for cpu and cuda alone")
+    for model in asked.models:
+        if not is_gguf(model) and not (model / "genai_config.json").is_file():
+            parser.error(f"{model} is neither a .gguf file nor a folder with genai_config.json")
+    named = asked.llama_bench is not None and os.access(asked.llama_bench, os.X_OK)
+    if any(map(is_gguf, asked.models)) and not named:
         parser.error("name llama-bench of the same llama.cpp: --llama-bench PATH")
-    theirs = "llama-bench" if asked.model.suffix == ".gguf" else "genai"
-    print(f"| {asked.model.name} | ours | {theirs} | ours / {theirs} (95 %) |\n|---|---:|---:|---|")
-    for name, (ratio, mine, other) in compared(asked).items():
-        interval = f"{ratio.estimate:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
-        print(f"| {name} | {mine:.1f} | {other:.1f} | {interval} |")
+    return asked
+
+
+def main() -> None:
+    asked = checked(arguments())
+    if asked.genai_loop:
+        print(json.dumps(genai_loop(asked.models[0], asked)))
+        return
+    failed = compare(asked)
+    for line in failed:
+        print(line, file=sys.stderr)
+    raise SystemExit(bool(failed))
 
 
 if __name__ == "__main__":

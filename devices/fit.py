@@ -61,7 +61,7 @@ def refusal(
     if _is_split(artifact, device, options):
         return None
     have = available_bytes(device, info)
-    weights = _weight_bytes(artifact, options)
+    weights = weight_bytes(artifact.to_dict())
     values = kv_values_per_token(artifact.path, artifact.format) or 0
     values = 0 if _has_windows(artifact.path, artifact.format) else values
     kind = options.get("kv_type", "").upper() or options.get("dtype") or "F16"
@@ -104,10 +104,12 @@ def _has_windows(path: Path, fmt: str) -> bool:
         return False
 
 
-def _weight_bytes(artifact: Artifact, options: Mapping[str, str]) -> int:
-    if artifact.format == "checkpoint":
-        return artifact.n_params * DTYPE_BYTES[options.get("dtype", "float32")]
-    return artifact.size_bytes
+def weight_bytes(artifact: Mapping[str, Any]) -> int:
+    """Bytes that an artifact's weights, as a record has it, take once loaded: those of the file,
+    but a checkpoint is converted to the type that it runs in, which its precision names."""
+    spec = artifact["spec"]
+    width = DTYPE_BYTES.get(spec["precision"]) if spec["format"] == "checkpoint" else None
+    return int(artifact["size_bytes"] if width is None else artifact["n_params"] * width)
 
 
 def _of_gguf(path: Path) -> int | None:

@@ -44,6 +44,8 @@ class ArtifactRecord(Checked):
     sha256: str
     source_sha256: str
     notes: list[str] = []
+    matmul_params: Count | None = None
+    head_params: Count | None = None
 
 
 class WorkloadRecord(Checked):

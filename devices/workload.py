@@ -24,6 +24,17 @@ LEAST = {
     "threads": 1,
 }
 
+CPU_WARMUP_TOKENS = 1024
+"""The longest warm-up prompt on the CPU, where a second prompt of 8k tokens would double what a
+trial takes; by then caches, threads and pages of the file are warm."""
+
+
+def warmup_tokens(prompt_tokens: int, device: str) -> int:
+    """How much of a prompt warms up: all of it, as llama-bench does; on the CPU at most
+    CPU_WARMUP_TOKENS. Cards choose their kernels by the shape, and what the warm-up leaves
+    untouched of cache and buffers is touched first while the clock runs."""
+    return min(prompt_tokens, CPU_WARMUP_TOKENS) if device == "cpu" else prompt_tokens
+
 
 @dataclass(frozen=True)
 class Workload:

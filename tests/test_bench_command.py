@@ -25,6 +25,8 @@ from shortstack.devices import host
 from shortstack.devices.measurement import Measurement
 from shortstack.errors import ShortstackError
 from shortstack.export import exporter
+from shortstack.recipe import BenchRecipe
+from shortstack.steps import to_workload
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "schema" / "bench-2.schema.json"
 SMALL = ["--prompt-tokens", "8", "--decode-tokens", "4", "--repeats", "2", "--threads", "1"]
@@ -380,3 +382,12 @@ def test_two_alike_get_two_names(
     told = run([*command, "--dry-run"], capsys)
     first, second = (case["label"] for case in told["cases"])
     assert second == f"{first}'"
+
+
+def test_bench_and_run_warm_up_with_the_whole_prompt() -> None:
+    choice = BenchChoice(threads=1)
+    assert choice.workload(512).warmup_prompt_tokens == 512
+    assert choice.workload(4096).warmup_prompt_tokens == 1024
+    assert replace(choice, device="cuda:0").workload(4096).warmup_prompt_tokens == 4096
+    recipe = BenchRecipe(prompt_tokens=300, threads=1)
+    assert to_workload(recipe).warmup_prompt_tokens == 300

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from shortstack.devices.fit import DTYPE_BYTES
+from shortstack.devices.fit import weight_bytes
 from shortstack.devices.roofline.share import Record, batch, device_kind
 from shortstack.devices.stats import median
 from shortstack.errors import ShortstackError
@@ -120,14 +118,6 @@ def target(record: Record, context_tokens: int | None = None) -> Target:
         context_tokens=held_tokens(record) if context_tokens is None else context_tokens,
         batch=batch(record),
     )
-
-
-def weight_bytes(artifact: Mapping[str, Any]) -> int:
-    """Bytes that an artifact's weights take once loaded: those of the file, but a checkpoint is
-    converted to the type that it runs in, which its precision names."""
-    spec = artifact["spec"]
-    width = DTYPE_BYTES.get(spec["precision"]) if spec["format"] == "checkpoint" else None
-    return int(artifact["size_bytes"] if width is None else artifact["n_params"] * width)
 
 
 def held_tokens(record: Record) -> int:

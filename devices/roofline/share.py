@@ -33,6 +33,9 @@ COMPUTED_IN = {
 """Device kind, runtime, weights -> the type that its matrix products multiply in. llama.cpp brings
 activations to 8 bits where weights are quantized, on CPUs and on cards; onnxruntime does on CPUs
 (accuracy level 4), on cards it turns such weights into float16. All else: float32."""
+HEAD_OF_EVERY_TOKEN = ("onnxruntime", "onnxruntime-genai")
+"""Runtimes whose graphs give logits of the whole prompt; the others compute the head for its last
+token (llama.cpp: the one whose logits are asked for; pytorch: logits_to_keep=1)."""
 FLOATS = {
     **dict.fromkeys(("f32", "fp32", "float32"), "float32"),
     **dict.fromkeys(("f16", "fp16", "float16"), "float16"),
@@ -109,17 +112,11 @@ def decode_share(record: Record, ceilings: Mapping[str, Any]) -> Share:
 
 
 def prefill_share(
-    record: Record,
-    ceilings: Mapping[str, Any],
-    *,
-    matrix_params: float | None = None,
-    computed_in: str | None = None,
+    record: Record, ceilings: Mapping[str, Any], *, computed_in: str | None = None
 ) -> Share:
-    """Of the matrix throughput: 2 operations a prompt token and parameter, over what was measured.
+    """Of the matrix throughput: the prompt's operations a second, over what was measured.
 
-    `matrix_params` are those that matrix products use (`matrix_params` below); without it all
-    count, which a note says. `computed_in` is the type of the products, else `COMPUTED_IN`'s.
-    Attention scores are not counted: 4 x layers x width x half the prompt more a token.
+    `computed_in` is the type of the products, else `COMPUTED_IN`'s.
     """
     own = ceilings.get(record.get("device", "cpu"))
     seconds = [t["prefill_s"] for t in record["trials"]]
@@ -132,13 +129,12 @@ def prefill_share(
     if wanted not in measured:
         reason = f"the device's {wanted} throughput was not measured"
         return Share(None, None, None, wanted, reason, tuple(notes))
-    params = matrix_params
-    if params is None:
-        params = float(record["artifact"]["n_params"])
+    work = prefill_flops(record)
+    if work is None:
+        work = 2 * record["artifact"]["n_params"] * _prompts_tokens(record)
         notes.append(
             "all parameters are counted, the embedding table too, so the true share is lower"
         )
-    work = 2 * params * record["workload"]["prompt_tokens"] * batch(record)
     share = _over([work / s for s in seconds], float(measured[wanted]), wanted, notes)
     if share.share is not None and share.share.estimate > 1:
         return _with_note(
@@ -149,14 +145,25 @@ def prefill_share(
     return share
 
 
-def matrix_params(
-    n_params: int, vocab_size: int, hidden_size: int, *, tied: bool, prompt_tokens: int
-) -> float:
-    """Parameters that matrix products use, a prompt token: the layers' for every token, the head's
-    for the last token of the prompt only, an embedding table's for none."""
-    table = vocab_size * hidden_size
-    layers = n_params - table * (1 if tied else 2)
-    return layers + table / prompt_tokens
+def prefill_flops(record: Record) -> int | None:
+    """Operations of all prompts of the batch: 2 a token and parameter that it is multiplied with
+    (Kaplan et al. 2020, Scaling Laws for Neural Language Models, table 1: 2 N).
+
+    The head counts for every token in `HEAD_OF_EVERY_TOKEN`, elsewhere for the last one of each
+    prompt. Attention's own products are not counted (that table's 2 x layers x context x width).
+    None where the record does not have the parameters apart.
+    """
+    artifact = record["artifact"]
+    layers, head = artifact.get("matmul_params"), artifact.get("head_params")
+    if layers is None or head is None:
+        return None
+    tokens = _prompts_tokens(record)
+    headed = tokens if record["runtime"] in HEAD_OF_EVERY_TOKEN else batch(record)
+    return int(2 * (layers * tokens + head * headed))
+
+
+def _prompts_tokens(record: Record) -> int:
+    return int(record["workload"]["prompt_tokens"] * batch(record))
 
 
 def compute_type(record: Record) -> str:

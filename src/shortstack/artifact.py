@@ -55,6 +55,10 @@ class Artifact:
     notes: tuple[str, ...] = ()
     least_runtime: str | None = None
     """The oldest runtime known to read the artifact right, where not any recent one does."""
+    matmul_params: int | None = None
+    """Parameters that are multiplied with each token, the head's apart (shortstack.multiplied).
+    None where that is not known."""
+    head_params: int | None = None
 
     @property
     def format(self) -> str:

@@ -17,10 +17,10 @@ from shortstack.families import context_tokens
 from shortstack.gguf_header import GGML_TYPES, GgufHeader, read_header
 from shortstack.intake import resolve
 from shortstack.manifest import read_manifest
+from shortstack.multiplied import EMBEDDING, experts_in_use, of_checkpoint, of_gguf
 
 CHECKPOINT = "checkpoint"
 FOREIGN = "not made by shortstack: its checkpoint is not known"
-EMBEDDING = "embed_tokens.weight"
 
 
 def benchable(reference: str, dtype: str = "float32") -> Artifact:
@@ -88,6 +88,7 @@ def _checkpoint(place: Path, dtype: str) -> Artifact:
     if not checkpoint.tied:
         tables = [t for name, t in checkpoint.tensors.items() if name.endswith(EMBEDDING)]
         read -= sum(math.prod(table.shape) for table in tables)
+    multiplied = of_checkpoint(checkpoint)
     return Artifact(
         path=place,
         spec=ExportSpec(CHECKPOINT, dtype),
@@ -97,6 +98,8 @@ def _checkpoint(place: Path, dtype: str) -> Artifact:
         weight_bytes_per_token=read * DTYPE_BYTES[dtype],
         sha256=checkpoint.sha256,
         source_sha256=checkpoint.sha256,
+        matmul_params=multiplied.matmul_params,
+        head_params=multiplied.head_params,
     )
 
 
@@ -104,24 +107,26 @@ def _gguf(file: Path) -> Artifact:
     header = read_header(file)
     arch = header.text("general.architecture")
     sha256 = hash_digests([(file.name, hash_file(file))])
+    multiplied = of_gguf(header)
     return Artifact(
         path=file,
         spec=ExportSpec("gguf", _precision(header)),
         n_layers=header.integer(f"{arch}.block_count"),
         n_params=sum(math.prod(tensor.dims) for tensor in header.tensors),
         size_bytes=header.n_bytes,
-        weight_bytes_per_token=_gguf_bytes_per_token(header, arch),
+        weight_bytes_per_token=_gguf_bytes_per_token(header),
         sha256=sha256,
         source_sha256=sha256,
         notes=(FOREIGN,),
+        matmul_params=multiplied.matmul_params,
+        head_params=multiplied.head_params,
     )
 
 
-def _gguf_bytes_per_token(header: GgufHeader, arch: str) -> int:
+def _gguf_bytes_per_token(header: GgufHeader) -> int:
     """Every tensor; the token table only where it is also the head; of experts those in use."""
     untied = any(tensor.name == "output.weight" for tensor in header.tensors)
-    experts = header.integer(f"{arch}.expert_count")
-    used = header.integer(f"{arch}.expert_used_count") / experts if experts else 1.0
+    used = experts_in_use(header)
     total = 0.0
     for tensor in header.tensors:
         if not (untied and tensor.name == "token_embd.weight"):
@@ -147,12 +152,13 @@ def _onnx(place: Path) -> Artifact:
     """A graph of another tool; what it is quantized to shows in its operators."""
     require(("onnx_ir",), "onnx", "reading an ONNX graph")
     from shortstack.bench_onnx import graph_facts
-    from shortstack.export.onnx_graph import bytes_per_token
+    from shortstack.export.onnx_graph import bytes_per_token, multiplied_params
 
     model = place / "model.onnx"
     config = [name for name in ("genai_config.json",) if (place / name).is_file()]
     facts = graph_facts(model)
     files = [model.name, *facts.data_files]
+    multiplied = multiplied_params(model)
     return Artifact(
         path=place,
         spec=ExportSpec("onnx", facts.precision),
@@ -163,4 +169,6 @@ def _onnx(place: Path) -> Artifact:
         sha256=hash_files(place, [*files, *config]),
         source_sha256=hash_files(place, files),
         notes=(FOREIGN,),
+        matmul_params=multiplied.matmul_params,
+        head_params=multiplied.head_params,
     )

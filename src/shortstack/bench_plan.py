@@ -13,13 +13,12 @@ from shortstack.bench_models import benchable, longest_context
 from shortstack.devices import fit, listing
 from shortstack.devices.host import check_threads, cpu_model, libraries, machine_id, usable_cores
 from shortstack.devices.schedule import Case
-from shortstack.devices.workload import Prompt, Workload
+from shortstack.devices.workload import Prompt, Workload, warmup_tokens
 from shortstack.errors import ShortstackError, unknown
 from shortstack.evaluate.codec import Codec, FolderCodec
 from shortstack.runtimes import RUNTIMES, capabilities, runtimes_for
 from shortstack.text import Corpus, open_corpus, token_windows
 
-WARMUP_PROMPT_TOKENS = 128
 PACKAGES = {
     "llama.cpp": "llama_cpp",
     "onnxruntime": "onnxruntime",
@@ -52,11 +51,10 @@ class BenchChoice:
     text: str = "spdx"
 
     def workload(self, prompt_tokens: int) -> Workload:
-        accelerated = self.device != "cpu"  # kernels are chosen by shape: warm up with the same
         return Workload(
             prompt_tokens=prompt_tokens,
             decode_tokens=self.decode_tokens,
-            warmup_prompt_tokens=prompt_tokens if accelerated else WARMUP_PROMPT_TOKENS,
+            warmup_prompt_tokens=warmup_tokens(prompt_tokens, self.device),
             repeats=self.repeats,
             memory_repeats=self.memory_repeats,
             threads=self.threads or usable_cores(),

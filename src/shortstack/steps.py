@@ -18,7 +18,7 @@ from shortstack.devices.host import describe, usable_cores
 from shortstack.devices.measurement import Measurement
 from shortstack.devices.protocol import Protocol
 from shortstack.devices.schedule import Case
-from shortstack.devices.workload import Prompt, Workload
+from shortstack.devices.workload import Prompt, Workload, warmup_tokens
 from shortstack.errors import ShortstackError, VerificationError
 from shortstack.export import exporter
 from shortstack.footprint import against, in_words, measured
@@ -346,6 +346,7 @@ def to_workload(choice: BenchRecipe) -> Workload:
     return Workload(
         prompt_tokens=choice.prompt_tokens,
         decode_tokens=choice.decode_tokens,
+        warmup_prompt_tokens=warmup_tokens(choice.prompt_tokens, "cpu"),
         repeats=choice.repeats,
         threads=choice.threads or usable_cores(),
     )

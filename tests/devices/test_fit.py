@@ -72,13 +72,13 @@ def test_what_does_not_fit_says_what_it_needs_and_what_there_is(
 def test_the_cache_counts_with_batch_and_context(tiny: Path, make_case: MakeCase) -> None:
     artifact = dataclasses.replace(make_case("instant").artifact, path=tiny, n_params=1000)
     artifact = dataclasses.replace(
-        artifact, spec=dataclasses.replace(artifact.spec, format="checkpoint")
+        artifact, spec=dataclasses.replace(artifact.spec, format="checkpoint", precision="float16")
     )
     values = fit.kv_values_per_token(tiny, "checkpoint")
     assert values is not None
     work = Workload(prompt_tokens=500, decode_tokens=99, batch=7, threads=1)
     needed = 1000 * 2 + values * 2 * 600 * 7
-    options = {"dtype": "float16"}
+    options = {"dtype": "float16"}  # of the cache; the weights' type is the artifact's
     exact, less = {"vram_bytes": needed}, {"vram_bytes": needed - 1}
     assert fit.refusal(artifact, work, "cuda:0", exact, options) is None
     assert fit.refusal(artifact, work, "cuda:0", less, options) is not None
@@ -108,7 +108,7 @@ def test_a_cache_with_windows_refuses_nothing(
     (tmp_path / "config.json").write_text(json.dumps(config | windows), encoding="utf-8")
     artifact = dataclasses.replace(make_case("instant").artifact, path=tmp_path, n_params=1000)
     artifact = dataclasses.replace(
-        artifact, spec=dataclasses.replace(artifact.spec, format="checkpoint")
+        artifact, spec=dataclasses.replace(artifact.spec, format="checkpoint", precision="float32")
     )
     work = Workload(prompt_tokens=100_000, decode_tokens=8, threads=1)
     assert fit.refusal(artifact, work, "cuda:0", {"vram_bytes": 5000}, {}) is None

@@ -11,7 +11,7 @@ from shortstack.devices.roofline.share import (
     context_tokens,
     decode_share,
     device_kind,
-    matrix_params,
+    prefill_flops,
     prefill_share,
     step_bytes,
 )
@@ -46,6 +46,24 @@ def test_the_share_of_decode_is_bytes_a_second_over_bandwidth() -> None:
     assert (share.ceiling_per_s, share.unit, share.reason) == (4000 * GB, "bytes", None)
     assert share.notes == ()
     assert share.share.n == 3
+
+
+def test_of_a_batch_a_step_counts_once_and_a_prompt_as_often_as_there_are_rows() -> None:
+    tokens = {"depth_tokens": 7, "prompt_tokens": 4, "decode_tokens": 3}
+    record = a_record(step_s=0.5, weights=1000, kv=10)
+    record["workload"].update(tokens, batch=8)
+    record["artifact"].update(matmul_params=60, head_params=20)
+    # Steps read 12, 13 and 14 tokens of eight rows: 1000 + 13 x 10 x 8 bytes, twice a second.
+    ceilings = a_run(record, read=8160)["ceilings"]
+    decode = decode_share(record, ceilings)
+    assert decode.achieved_per_s is not None
+    assert decode.achieved_per_s.estimate == 2 * 2040
+    assert decode.share is not None
+    assert decode.share.estimate == 0.5
+    # Eight prompts of four tokens through 60, their last ones through the head; the depth untimed.
+    prefill = prefill_share(record, ceilings)
+    assert prefill.achieved_per_s is not None
+    assert prefill.achieved_per_s.estimate == pytest.approx(2 * (60 * 4 * 8 + 20 * 8) / 0.025)
 
 
 def test_the_interval_of_the_trials_is_carried_to_the_share() -> None:
@@ -98,14 +116,18 @@ def test_no_ceiling_or_no_trial_gives_the_reason() -> None:
 
 
 def test_the_share_of_prefill_is_two_operations_a_token_and_parameter() -> None:
-    record = a_record(step_s=0.004, batch=2)
+    rough_record = a_record(step_s=0.004, batch=2)
+    counted = {"matmul_params": 6_600_000_000, "head_params": 0}
+    record = {**rough_record, "artifact": {**rough_record["artifact"], **counted}}
     ceilings = a_run(record, read=GB)["ceilings"]
-    share = prefill_share(record, ceilings, matrix_params=6_600_000_000)
+    share = prefill_share(record, ceilings)
     assert share.share is not None
     assert share.unit == "float16"
     assert share.share.estimate == pytest.approx(2 * 6.6e9 * 512 * 2 / 0.025 / 790e12)
     assert share.notes == ()
-    rough = prefill_share(record, ceilings)
+    rough = prefill_share(rough_record, ceilings)
+    assert rough.share is not None
+    assert rough.share.estimate == pytest.approx(2 * 6.7e9 * 512 * 2 / 0.025 / 790e12)
     assert "embedding table too, so the true share is lower" in rough.notes[0]
 
 
@@ -120,10 +142,22 @@ def test_a_type_that_was_not_measured_has_no_share() -> None:
     assert "above the ceiling" in given.notes[-1]
 
 
-def test_matrix_products_use_the_head_for_the_last_token_of_a_prompt_only() -> None:
-    # 100 parameters: a table of 5 x 4, 80 in layers; untied, 60 in layers.
-    assert matrix_params(100, 5, 4, tied=True, prompt_tokens=10) == 82
-    assert matrix_params(100, 5, 4, tied=False, prompt_tokens=10) == 62
+@pytest.mark.parametrize(
+    ("runtime", "flops"),
+    [
+        ("llama.cpp", 2 * (60 * 10 * 8 + 20 * 8)),
+        ("pytorch", 2 * (60 * 10 * 8 + 20 * 8)),
+        ("onnxruntime", 2 * (60 + 20) * 10 * 8),
+        ("onnxruntime-genai", 2 * (60 + 20) * 10 * 8),
+    ],
+)
+def test_the_head_is_computed_for_the_last_token_of_each_prompt_or_for_all(
+    runtime: str, flops: int
+) -> None:
+    record = a_record(step_s=1, runtime=runtime, prompt_tokens=10, batch=8, depth_tokens=100)
+    assert prefill_flops(record) is None
+    record["artifact"].update(matmul_params=60, head_params=20)
+    assert prefill_flops(record) == flops
 
 
 @pytest.mark.parametrize(

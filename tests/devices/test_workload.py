@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shortstack.devices.host import usable_cores
-from shortstack.devices.workload import Prompt, Workload
+from shortstack.devices.workload import Prompt, Workload, warmup_tokens
 from shortstack.errors import ShortstackError
 
 
@@ -54,3 +54,9 @@ def test_round_trip() -> None:
 def test_a_prompt_is_known_by_its_tokens_not_its_source() -> None:
     assert Prompt((1, 2), "a").sha256 == Prompt((1, 2), "b").sha256
     assert Prompt((1, 2), "a").sha256 != Prompt((2, 1), "a").sha256
+
+
+def test_the_warm_up_prompt_is_as_long_as_the_measured_one_but_bounded_on_the_cpu() -> None:
+    assert warmup_tokens(512, "cpu") == 512
+    assert warmup_tokens(8192, "cpu") == 1024
+    assert warmup_tokens(8192, "cuda:0") == 8192
