@@ -124,7 +124,8 @@ def make_plan(models: Sequence[str], choice: BenchChoice) -> Plan:
     _check_words(choice.options)
     lengths = tuple(dict.fromkeys(choice.prompt_tokens))
     workloads = [choice.workload(length) for length in lengths]
-    artifacts = [benchable(name, choice.options.get("dtype", "float32")) for name in models]
+    dtype, word = choice.options.get("dtype", "float32"), choice.options.get("quantize", "none")
+    artifacts = [benchable(name, dtype, word) for name in models]
     for artifact in artifacts:
         _check_context(artifact, workloads)
     prompts = _prompts(artifacts, open_corpus(choice.text), workloads)
@@ -138,6 +139,7 @@ def make_plan(models: Sequence[str], choice: BenchChoice) -> Plan:
                 continue
             mine = capabilities.CAPABILITIES[runtime].options
             options = tuple(sorted((k, v) for k, v in choice.options.items() if k in mine))
+            capabilities.check_together(runtime, choice.device, dict(options))
             cases += [
                 Case(label, artifact, runtime, choice.device, options, info, work, prompt)
                 for work, prompt in zip(workloads, given, strict=True)
