@@ -22,6 +22,14 @@ KV_TYPE_BYTES: Mapping[str, float] = {
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+QUANTIZED_BYTES: Mapping[str, float] = {
+    "bnb-int8": 1.0,
+    "bnb-nf4": 0.5 + 4 / 64,
+    "torchao-int4": 0.5 + 4 / 128,
+}
+"""Bytes a weight of pytorch's `quantize`, scales included: a float32 for each 64 weights of NF4,
+scale and zero in bfloat16 for each 128 of torchao's; int8 has one scale a row."""
+
 
 def kv_values_per_token(path: Path, fmt: str) -> int | None:
     """Numbers that the KV cache keeps of one token: over layers, heads x (key + value width).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shortstack import child
+from shortstack.artifact import Artifact
 from shortstack.devices import pace, worker
 from shortstack.devices.energy import counters
 from shortstack.devices.fit import kv_bytes_per_token, refusal
@@ -197,7 +199,7 @@ class _Campaign:
                 Measurement(
                     label=case.label,
                     runtime=case.runtime,
-                    artifact=case.artifact,
+                    artifact=as_loaded(case.artifact, log.info),
                     trials=tuple(log.trials),
                     memory=tuple(log.memory),
                     runtime_info=log.info,
@@ -216,6 +218,18 @@ class _Campaign:
                 )
             )
         return made
+
+
+def as_loaded(artifact: Artifact, info: Mapping[str, Any]) -> Artifact:
+    """The artifact with the bytes that a session found after quantizing; what was planned is an
+    estimate."""
+    if "weight_bytes" not in info:
+        return artifact
+    return dataclasses.replace(
+        artifact,
+        size_bytes=info["weight_bytes"],
+        weight_bytes_per_token=info["weight_bytes_per_token"],
+    )
 
 
 def _call(step: Step, case: Case, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def open_session(
     except KeyError:
         raise unknown("runtime", runtime, RUNTIMES) from None
     capabilities.check(runtime, device, batch, options or {})
+    capabilities.check_together(runtime, device, options or {})
     session: Session = importlib.import_module(module).open_session(
         path,
         threads=threads,

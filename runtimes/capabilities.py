@@ -41,10 +41,19 @@ CAPABILITIES: Mapping[str, Capability] = {
     "pytorch": Capability(
         devices=("cpu", "cuda"),
         batch=True,
-        options={"dtype": ("float32", "bfloat16", "float16")},
+        options={
+            "dtype": ("float32", "bfloat16", "float16"),
+            "cuda_graph": ("off", "on"),
+            "quantize": ("none", "bnb-int8", "bnb-nf4", "torchao-int4"),
+        },
     ),
 }
 """CUDA rows were written without a card at hand: they are untested."""
+
+
+COMPUTES_IN = {"bnb-int8": "float16", "torchao-int4": "bfloat16"}
+"""Weights of pytorch -> the only type of activations that their kernel takes. bitsandbytes casts
+others at every layer, and warns every time."""
 
 
 def device_kind(device: str) -> tuple[str, int]:
@@ -76,6 +85,35 @@ def check(runtime: str, device: str, batch: int, options: Mapping[str, str]) -> 
         )
     for name, value in options.items():
         _check_option(runtime, offered, name, value)
+
+
+def check_together(runtime: str, device: str, options: Mapping[str, str]) -> None:
+    """Raise ShortstackError for options that are fine one by one, but not here or not together."""
+    if runtime != "pytorch":
+        return
+    kind, _ = device_kind(device)
+    dtype, word = options.get("dtype", "float32"), options.get("quantize", "none")
+    graph = options.get("cuda_graph", "off") == "on"
+    if graph and kind != "cuda":
+        raise ShortstackError(
+            f"cuda_graph=on is for CUDA cards, {device} is asked for. Leave it out, or name cuda:0."
+        )
+    if graph and word == "bnb-int8":
+        raise ShortstackError(
+            "cuda_graph=on does not go with quantize=bnb-int8: it looks for outliers on the host "
+            "at every step. Take bnb-nf4 or torchao-int4, or leave one of them out."
+        )
+    if word == "torchao-int4" and kind != "cuda":
+        raise ShortstackError(
+            f"quantize=torchao-int4 is for CUDA cards, {device} is asked for. Take bnb-int8 or "
+            "bnb-nf4."
+        )
+    needed = COMPUTES_IN.get(word, dtype)
+    if dtype != needed:
+        raise ShortstackError(
+            f"quantize={word} computes in {needed} alone, dtype is {dtype}. Add: "
+            f"--option dtype={needed}"
+        )
 
 
 def _check_option(runtime: str, offered: Capability, name: str, value: str) -> None:

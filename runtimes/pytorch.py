@@ -12,10 +12,15 @@ from numpy.typing import NDArray
 from shortstack.errors import MissingExtraError, ShortstackError
 from shortstack.pretrained import load
 from shortstack.runtimes.capabilities import device_kind
+from shortstack.runtimes.pytorch_quantize import PLAIN, load_quantized
 
 
 class PyTorchSession:
-    """A Hugging Face folder open in transformers, on the CPU or (untested) on CUDA."""
+    """A Hugging Face folder open in transformers, on the CPU or (untested) on CUDA.
+
+    `quantize`: what the weights of its linear layers are turned into while they load, a word of
+    `capabilities`.
+    """
 
     def __init__(
         self,
@@ -26,12 +31,17 @@ class PyTorchSession:
         device: str = "cpu",
         batch: int = 1,
         dtype: str = "float32",
+        quantize: str = PLAIN,
     ) -> None:
         torch, transformers = _packages()
         torch.set_num_threads(threads)
         self._torch = torch
         self._device = _device(torch, device)
-        self._model = load(path, getattr(torch, dtype)).to(self._device)
+        weights: dict[str, Any] = {}
+        if quantize == PLAIN:
+            self._model = load(path, getattr(torch, dtype)).to(self._device)
+        else:
+            self._model, weights = load_quantized(path, quantize, dtype, self._device)
         self._synchronize()  # the copy to the device belongs to the load
         self._cache: Any = None
         self._context_tokens = context_tokens
@@ -47,6 +57,8 @@ class PyTorchSession:
             "device": str(self._device),
             "batch": batch,
             "attention": str(self._model.config.get_text_config()._attn_implementation),
+            "quantize": quantize,
+            **weights,
         }
 
     @property
@@ -97,10 +109,7 @@ class PyTorchSession:
 
     def _forward(self, rows: Sequence[Sequence[int]], keep: int) -> NDArray[np.float32]:
         """Logits on the host, shape (rows, kept, vocab): the copy waits for the device."""
-        if self._cache.get_seq_length() + len(rows[0]) > self._context_tokens:
-            raise ShortstackError(
-                f"the context of {self._context_tokens} tokens is full. Ask for fewer tokens."
-            )
+        self._check_room(len(rows[0]))
         torch = self._torch
         with torch.inference_mode():
             result = self._model(
@@ -111,6 +120,12 @@ class PyTorchSession:
             )
         logits: NDArray[np.float32] = result.logits.float().cpu().numpy()
         return logits
+
+    def _check_room(self, n_tokens: int) -> None:
+        if self._cache.get_seq_length() + n_tokens > self._context_tokens:
+            raise ShortstackError(
+                f"the context of {self._context_tokens} tokens is full. Ask for fewer tokens."
+            )
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -164,12 +179,21 @@ def open_session(
     device: str = "cpu",
     batch: int = 1,
     dtype: str = "float32",
+    quantize: str = PLAIN,
+    cuda_graph: str = "off",
 ) -> PyTorchSession:
-    return PyTorchSession(
+    kind = PyTorchSession
+    if cuda_graph == "on":
+        _packages()
+        from shortstack.runtimes.pytorch_graph import GraphSession
+
+        kind = GraphSession
+    return kind(
         path,
         threads=threads,
         context_tokens=context_tokens,
         device=device,
         batch=batch,
         dtype=dtype,
+        quantize=quantize,
     )

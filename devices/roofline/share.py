@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shortstack.devices.fit import QUANTIZED_BYTES
 from shortstack.devices.flags import BUSY_SHARE
 from shortstack.devices.stats import Interval, median_interval
 
@@ -29,10 +30,14 @@ COMPUTED_IN = {
     ("gpu", "pytorch", "float16"): "float16",
     ("gpu", "pytorch", "bfloat16"): "bfloat16",
     ("cpu", "pytorch", "bfloat16"): "bfloat16",
+    ("cpu", "pytorch", "bnb-int8"): "int8",
+    ("gpu", "pytorch", "bnb-int8"): "int8",
+    ("gpu", "pytorch", "torchao-int4"): "bfloat16",
 }
 """Device kind, runtime, weights -> the type that its matrix products multiply in. llama.cpp brings
 activations to 8 bits where weights are quantized, on CPUs and on cards; onnxruntime does on CPUs
-(accuracy level 4), on cards it turns such weights into float16. All else: float32."""
+(accuracy level 4), on cards it turns such weights into float16. bitsandbytes' NF4 becomes the
+session's own type (its option `dtype`). All else: float32."""
 HEAD_OF_EVERY_TOKEN = ("onnxruntime", "onnxruntime-genai")
 """Runtimes whose graphs give logits of the whole prompt; the others compute the head for its last
 token (llama.cpp: the one whose logits are asked for; pytorch: logits_to_keep=1)."""
@@ -168,7 +173,12 @@ def _prompts_tokens(record: Record) -> int:
 
 def compute_type(record: Record) -> str:
     """The type that the runtime multiplies in, as `COMPUTED_IN` has it."""
-    weights = FLOATS.get(record["artifact"]["spec"]["precision"].lower(), "quantized")
+    precision = record["artifact"]["spec"]["precision"].lower()
+    if precision == "bnb-nf4":
+        precision = record.get("options", {}).get("dtype", "float32")
+    weights = FLOATS.get(precision, "quantized")
+    if precision in QUANTIZED_BYTES:
+        weights = precision
     kind = "cpu" if device_kind(record.get("device", "cpu")) == "cpu" else "gpu"
     return COMPUTED_IN.get((kind, record["runtime"], weights), "float32")
 

@@ -11,7 +11,7 @@ from typing import Any
 from shortstack.artifact import Artifact, ExportSpec
 from shortstack.checkpoint import Checkpoint, hash_digests, hash_file, hash_files
 from shortstack.commands import open_artifact
-from shortstack.devices.fit import DTYPE_BYTES
+from shortstack.devices.fit import DTYPE_BYTES, QUANTIZED_BYTES
 from shortstack.errors import ShortstackError, require
 from shortstack.families import context_tokens
 from shortstack.gguf_header import GGML_TYPES, GgufHeader, read_header
@@ -23,10 +23,11 @@ CHECKPOINT = "checkpoint"
 FOREIGN = "not made by shortstack: its checkpoint is not known"
 
 
-def benchable(reference: str, dtype: str = "float32") -> Artifact:
+def benchable(reference: str, dtype: str = "float32", quantize: str = "none") -> Artifact:
     """Find out what a reference names: folder, .gguf file, or `pkg:PACKAGE/PATH`.
 
-    `dtype`: what a Hugging Face folder is computed in. Raises ShortstackError where there is no
+    `dtype`: what a Hugging Face folder is computed in, `quantize`: what its linear layers become
+    (both of pytorch). Raises ShortstackError where there is no
     model, and for an artifact of ours that was changed.
     """
     kind, target = resolve(reference)
@@ -45,7 +46,7 @@ def benchable(reference: str, dtype: str = "float32") -> Artifact:
     if (place / "model.onnx").is_file():
         return _onnx(place)
     if (place / "config.json").is_file():
-        return _checkpoint(place, dtype)
+        return _checkpoint(place, dtype, quantize)
     inside = sorted(place.glob("*.gguf"))
     if len(inside) == 1:
         return _gguf(inside[0])
@@ -81,26 +82,36 @@ def _read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def _checkpoint(place: Path, dtype: str) -> Artifact:
-    """A folder is read into memory as `dtype`, so that is what a token reads."""
+def _checkpoint(place: Path, dtype: str, quantize: str) -> Artifact:
+    """A folder is read into memory as `dtype`, so that is what a token reads. Quantized, its bytes
+    are an estimate, until a session has loaded it (devices/harness.py)."""
     checkpoint = Checkpoint.open(place)
     read = checkpoint.n_params
     if not checkpoint.tied:
         tables = [t for name, t in checkpoint.tensors.items() if name.endswith(EMBEDDING)]
         read -= sum(math.prod(table.shape) for table in tables)
     multiplied = of_checkpoint(checkpoint)
+    width, saved = DTYPE_BYTES[dtype], 0
+    if quantize != "none":
+        saved = round((width - QUANTIZED_BYTES[quantize]) * _linear_params(checkpoint))
     return Artifact(
         path=place,
-        spec=ExportSpec(CHECKPOINT, dtype),
+        spec=ExportSpec(CHECKPOINT, dtype if quantize == "none" else quantize),
         n_layers=checkpoint.n_layers,
         n_params=checkpoint.n_params,
-        size_bytes=checkpoint.n_bytes,
-        weight_bytes_per_token=read * DTYPE_BYTES[dtype],
+        size_bytes=checkpoint.n_params * width - saved if saved else checkpoint.n_bytes,
+        weight_bytes_per_token=read * width - saved,
         sha256=checkpoint.sha256,
         source_sha256=checkpoint.sha256,
         matmul_params=multiplied.matmul_params,
         head_params=multiplied.head_params,
     )
+
+
+def _linear_params(checkpoint: Checkpoint) -> int:
+    """Weights of the layers' matrices: what `quantize` reaches. Not the head's."""
+    shapes = [t.shape for name, t in checkpoint.tensors.items() if ".layers." in name]
+    return sum(math.prod(shape) for shape in shapes if len(shape) == 2)
 
 
 def _gguf(file: Path) -> Artifact:

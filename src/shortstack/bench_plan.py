@@ -123,9 +123,9 @@ def make_plan(models: Sequence[str], choice: BenchChoice) -> Plan:
     _check_words(choice.options)
     lengths = tuple(dict.fromkeys(choice.prompt_tokens))
     workloads = [choice.workload(length) for length in lengths]
+    dtype, word = choice.options.get("dtype", "float32"), choice.options.get("quantize", "none")
     with ThreadPoolExecutor() as pool:  # most of it is hashing, which frees the interpreter
-        dtype = choice.options.get("dtype", "float32")
-        artifacts = list(pool.map(lambda name: benchable(name, dtype), models))
+        artifacts = list(pool.map(lambda name: benchable(name, dtype, word), models))
     for artifact in artifacts:
         _check_context(artifact, workloads)
     prompts = _prompts(artifacts, open_corpus(choice.text), workloads)
@@ -139,6 +139,7 @@ def make_plan(models: Sequence[str], choice: BenchChoice) -> Plan:
                 continue
             mine = capabilities.CAPABILITIES[runtime].options
             options = tuple(sorted((k, v) for k, v in choice.options.items() if k in mine))
+            capabilities.check_together(runtime, choice.device, dict(options))
             cases += [
                 Case(label, artifact, runtime, choice.device, options, info, work, prompt)
                 for work, prompt in zip(workloads, given, strict=True)

@@ -54,16 +54,27 @@ def layers_return_tuples(config: Any) -> bool:
     return older and config.get_text_config().model_type in IN_TUPLES
 
 
-def load(path: Path, dtype: torch.dtype, *, text_only: bool = False) -> Any:
+def load(
+    path: Path,
+    dtype: torch.dtype,
+    *,
+    text_only: bool = False,
+    quantization: Any = None,
+    device: Any = None,
+) -> Any:
     """Load without network, remote code or pickles; refuse a folder that does not fit its config.
 
     transformers only warns when it invents a tensor or ignores one: the model would run, wrong.
-    `text_only`: of a multimodal model the decoder alone.
+    `text_only`: of a multimodal model the decoder alone. `quantization`: transformers' config of
+    one; tensors then go straight to `device`.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    there: dict[str, Any] = {}
+    if quantization is not None:
+        there = {"quantization_config": quantization, "device_map": {"": device}}
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             config = config_of(path)
@@ -77,6 +88,7 @@ def load(path: Path, dtype: torch.dtype, *, text_only: bool = False) -> Any:
                 use_safetensors=True,
                 output_loading_info=True,
                 **attention_of(config),
+                **there,
             )
     except (OSError, ValueError) as error:
         raise ShortstackError(
