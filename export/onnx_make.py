@@ -19,7 +19,7 @@ from shortstack.export.onnx_attention import set_attention
 from shortstack.export.onnx_builders import choose
 from shortstack.export.onnx_config import genai_config, write_genai_config
 from shortstack.export.onnx_data import DataFile
-from shortstack.export.onnx_graph import bytes_per_token, forget_unused, multiplied_params
+from shortstack.export.onnx_graph import bytes_per_token, forget_unused
 from shortstack.export.onnx_half import to_half
 from shortstack.export.onnx_quantize import Importance, Quantization, quantize
 from shortstack.export.onnx_removed import drop_removed
@@ -47,10 +47,7 @@ def make_here(request: dict[str, Any]) -> dict[str, Any]:
             write_genai_config(config, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    multiplied = multiplied_params(out / MODEL)
     return {
-        "matmul_params": multiplied.matmul_params,
-        "head_params": multiplied.head_params,
         "weight_bytes_per_token": bytes_per_token(out / MODEL),
         "unweighted": importance.missing if importance else [],
     }
@@ -74,7 +71,7 @@ def write(
             how = Quantization.of(BITS[precision], chosen, importance)
             quantize(graph, tables, how, data, report)
             RemoveUnusedNodesPass()(model)
-        if precision == "fp16" or chosen.get("activations") == "float16":
+        if precision == "fp16":
             to_half(graph)
         _write_rest(graph.initializers.values(), data, report)
     ir.save(model, out / MODEL)

@@ -67,8 +67,6 @@ class Quantization:
     wide: tuple[str, ...]
     block: int
     importance: Importance | None = None
-    half: bool = False
-    """Whether scales are float16, as the activations that they meet."""
 
     @classmethod
     def of(
@@ -76,8 +74,7 @@ class Quantization:
     ) -> Quantization:
         head = 4 if chosen.get("head") == "int4" else 8
         wide = tuple(part for part in chosen.get("wide", "none").split("+") if part != "none")
-        half = chosen.get("activations") == "float16"
-        return cls(bits, head, wide, int(chosen["block"]), importance, half)
+        return cls(bits, head, wide, int(chosen["block"]), importance)
 
     def bits_of(self, node: ir.Node) -> int:
         wide = any(WIDE[part].search(name) for part in self.wide for name in names_of(node))
@@ -99,7 +96,7 @@ def quantize(
     assert table is not None
     # an untied table is only looked up: its columns meet no inputs
     weights = how.weights_of(tables.head, tables.head, how.head_bits) if tables.tied else None
-    embedding = _put(graph, table, how, how.head_bits, data, weights, turned=False)
+    embedding = _put(graph, table, how.block, how.head_bits, data, weights, turned=False)
     _replace_gather(graph, tables.gather, embedding)
     written(embedding.n_weights)
     for node in list(graph):
@@ -111,7 +108,7 @@ def quantize(
         elif weight.const_value is not None and len(weight.const_value.shape) == 2:
             bits = how.head_bits if node is tables.head else how.bits_of(node)
             weights = how.weights_of(node, tables.head, bits)
-            matrix = _put(graph, weight, how, bits, data, weights, turned=True)
+            matrix = _put(graph, weight, how.block, bits, data, weights, turned=True)
             _replace_product(graph, node, matrix)
             written(matrix.n_weights)
 
@@ -135,7 +132,7 @@ class Quantized:
 def _put(
     graph: ir.Graph,
     source: ir.Value,
-    how: Quantization,
+    block: int,
     bits: int,
     data: DataFile,
     weights: Floats | None,
@@ -146,13 +143,13 @@ def _put(
     stored, name = source.const_value, str(source.name)
     assert stored is not None
     matrix = stored.numpy().T if turned else stored.numpy()
-    codes, scales = quantize_rows(matrix, how.block, bits, weights, half=how.half)
+    codes, scales = quantize_rows(matrix, block, bits, weights)
     values = [
         register(graph, data.add(f"{name}.{suffix}", array))
         for suffix, array in (("codes", codes), ("scales", scales))
     ]
     rows, width = matrix.shape
-    return Quantized(values[0], values[1], rows, width, how.block, bits)
+    return Quantized(values[0], values[1], rows, width, block, bits)
 
 
 def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:

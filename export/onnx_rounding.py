@@ -13,7 +13,6 @@ from shortstack.export.to_onnx import ROUNDED_AT_ONCE
 
 Floats = NDArray[np.float32]
 Codes = tuple[NDArray[np.uint8], Floats]
-Stored = tuple[NDArray[np.uint8], NDArray[Any]]
 
 PART = 1 << 17
 """Weights that a thread rounds at a time: its arrays stay in the caches of a core."""
@@ -24,25 +23,18 @@ SmolLM2-135M, KL to float32: these 0.216, llama.cpp's 19 0.226, eight alone 0.37
 
 
 def quantize_rows(
-    table: NDArray[Any],
-    block: int,
-    bits: int,
-    importance: Floats | None = None,
-    *,
-    half: bool = False,
-) -> Stored:
+    table: NDArray[Any], block: int, bits: int, importance: Floats | None = None
+) -> Codes:
     """Round each `block` of a row: w ≈ scale · (q - z), z = 2^(bits - 1).
 
     Without `importance` the scale is w* / -z: w*, the block's weight of largest magnitude, is
     exact. With it, one number a column, Σ importance · error² is made small (`_weighted`); 4 bits
     only. Returns codes (rows, blocks, block * bits / 8), two 4-bit codes to a byte, the first in
-    the low half, and scales (rows, blocks), float16 if `half`, else float32. Codes without
-    importance are those of the scale as it is stored. With it they need not be: a scale that is
-    2^-11 off moves a weight by at most 8 s / 2^11, 1/128 of what rounding to 4 bits may.
+    the low half, and scales (rows, blocks).
     """
     rows, width = table.shape
     codes = np.empty((rows, width // block, block * bits // 8), np.uint8)
-    scales = np.empty((rows, width // block), np.float16 if half else np.float32)
+    scales = np.empty((rows, width // block), np.float32)
     weights = None if importance is None else _relative(importance).reshape(-1, block)
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = threads or 1
@@ -52,7 +44,7 @@ def quantize_rows(
         part = slice(begin, begin + step)
         blocks = np.ascontiguousarray(table[part], np.float32).reshape(-1, width // block, block)
         whole, scales[part] = (
-            _largest_exact(blocks, bits, half) if weights is None else _weighted(blocks, weights)
+            _largest_exact(blocks, bits) if weights is None else _weighted(blocks, weights)
         )
         codes[part] = whole if bits == 8 else whole[..., ::2] | (whole[..., 1::2] << 4)
 
@@ -75,11 +67,9 @@ def _peaks(blocks: Floats) -> Floats:
     return peaks
 
 
-def _largest_exact(blocks: Floats, bits: int, half: bool) -> Codes:
+def _largest_exact(blocks: Floats, bits: int) -> Codes:
     zero = 1 << (bits - 1)
     scales = _peaks(blocks) / np.float32(-zero)
-    if half:
-        scales = scales.astype(np.float16).astype(np.float32)
     safe = np.where(scales == 0, np.float32(1), scales)
     steps = np.rint(blocks / safe[..., None]) + np.float32(zero)
     return np.clip(steps, 0, 2 * zero - 1).astype(np.uint8), scales

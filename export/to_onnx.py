@@ -54,14 +54,8 @@ class Precision:
 PRECISIONS: dict[str, Precision] = {
     "fp32": Precision(32),
     "fp16": Precision(16),
-    "int8": Precision(8, (("block", "32"), ("activations", "float32"))),
-    "int4": Precision(
-        4,
-        (
-            *(("block", "32"), ("imatrix", "yes"), ("head", "int4"), ("wide", "none")),
-            ("activations", "float32"),
-        ),
-    ),
+    "int8": Precision(8, (("block", "32"),)),
+    "int4": Precision(4, (("block", "32"), ("imatrix", "yes"), ("head", "int4"), ("wide", "none"))),
 }
 BLIND = {"head": "int8", "wide": "down"}
 """Defaults of int4 with imatrix=no: rounding that knows no inputs needs these bits."""
@@ -72,13 +66,11 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "imatrix": ("yes", "no"),
     "head": ("int4", "int8"),
     "wide": ("none", "down", "down+qkv"),
-    "activations": ("float32", "float16"),
 }
 """`builder`: what makes the graph (onnx_builders.py); `block`: weights that share a scale;
 `imatrix`: whether 4 bits are rounded for the inputs that calibration text makes (onnx_rounding.py);
 `head`: type of the output matrix and of the embedding; `wide`: projections of an int4 model with 8
-bits; `activations`: what int8 and int4 models compute in and keep their cache in. float16 is for
-CUDA, whose attention with a grouped cache knows no float32: it would run on the CPU.
+bits.
 
 Measured on SmolLM2-135M, KL to float32, with imatrix: all int4 0.23; head int8 or down int8 0.17;
 both 0.13. Without: all int4 0.37; head and down int8 0.18.
@@ -137,7 +129,7 @@ def predict(checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, int]:
     bits = PRECISIONS[spec.precision].bits
     plain = bits in (16, 32)
     size = checkpoint.n_params * bits // 8 if plain else _quantized_bytes(checkpoint, spec)
-    entry_bytes = 2 if computes_in_half(spec) else 4
+    entry_bytes = 2 if spec.precision == "fp16" else 4
     size += 200 * checkpoint.n_layers * 50 + entry_bytes * _rotation_entries(checkpoint, spec)
     largest = max(math.prod(info.shape) for info in checkpoint.tensors.values())
     making = builder.peak_ram_bytes(checkpoint) + _writing_bytes(largest, bits)
@@ -167,7 +159,7 @@ def _rotation_entries(checkpoint: Checkpoint, spec: ExportSpec) -> int:
 
 def _quantized_bytes(checkpoint: Checkpoint, spec: ExportSpec) -> int:
     chosen, sizes = settings(spec), checkpoint.dims
-    scale = (16 if computes_in_half(spec) else 32) / int(chosen["block"])  # a float a block
+    scale = 32 / int(chosen["block"])  # a float32 a block
     eight, body = 8 + scale, PRECISIONS[spec.precision].bits + scale
     wide = chosen.get("wide", "none")
     n_wide = checkpoint.n_layers * (
@@ -199,11 +191,7 @@ def _unchanged_context(checkpoint: Checkpoint, longest: int | None) -> int | Non
 
 def calibrates(checkpoint: Checkpoint, spec: ExportSpec) -> bool:
     """For importance, and before anything computes in float16."""
-    return computes_in_half(spec) or wants_importance(spec)
-
-
-def computes_in_half(spec: ExportSpec) -> bool:
-    return spec.precision == "fp16" or settings(spec).get("activations") == "float16"
+    return spec.precision == "fp16" or wants_importance(spec)
 
 
 def wants_importance(spec: ExportSpec) -> bool:
@@ -260,8 +248,6 @@ def export(
             *notes,
             *_unweighted_notes(made["unweighted"]),
         ),
-        matmul_params=made["matmul_params"],
-        head_params=made["head_params"],
     )
 
 
@@ -282,24 +268,13 @@ def _calibrate(
         scratch.mkdir()
         channels = scratch / CHANNELS
         seen = observe(checkpoint, windows, channels=channels)
-        if computes_in_half(spec):
-            _refuse_half(seen, spec)
         weighed = f"importance from {seen.n_tokens} tokens of calibration text"
         return (*activations.notes(seen), weighed), channels
-    if not computes_in_half(spec) or not windows:
+    if spec.precision != "fp16" or not windows:
         return (), None
     seen = observe(checkpoint, windows)
-    _refuse_half(seen, spec)
+    refuse_float16(seen.anywhere, "fp16 in ONNX", "Export to fp32, int8 or int4.")
     return activations.notes(seen), None
-
-
-def _refuse_half(seen: activations.ActivationRange, spec: ExportSpec) -> None:
-    """Raise ShortstackError where an activation would turn into infinity."""
-    if spec.precision == "fp16":
-        refuse_float16(seen.anywhere, "fp16 in ONNX", "Export to fp32, int8 or int4.")
-    else:
-        what = f"{spec.precision} in ONNX with activations=float16"
-        refuse_float16(seen.anywhere, what, "Leave activations=float16 out.")
 
 
 def _unweighted_notes(names: Sequence[str]) -> list[str]:

@@ -18,10 +18,6 @@ DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)$")
 HOST = ("cpu", 0)
 CUDA = "CUDAExecutionProvider"
-FLOAT32_ON_CUDA = (
-    "attention runs on the CPU: onnxruntime's GroupQueryAttention on CUDA takes float16 alone; "
-    "export fp16, or int8 or int4 with --option activations=float16"
-)
 
 
 class OrtSession:
@@ -84,8 +80,6 @@ class OrtSession:
             "batch": batch,
             "spinning": True,  # the default: a third faster a token, at the price of idle cores
         }
-        if self._device != HOST and self._shared and self._dtype == np.float32:
-            self._info["note"] = FLOAT32_ON_CUDA
 
     def _check(self, path: Path) -> None:
         outputs = {o.name for o in self._session.get_outputs()}

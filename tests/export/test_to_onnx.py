@@ -7,9 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 import torch
 
@@ -54,9 +52,6 @@ def test_fp32_computes_what_the_checkpoint_computes(
         (spec("int4", imatrix="no", wide="none", head="int4"), 0.3, 5.1),
         (spec("int4"), 0.2, 5.1),
         (spec("int4", head="int8", wide="down"), 0.1, 6.4),
-        (spec("int8", activations="float16"), 0.01, 8.6),
-        (spec("int4", activations="float16"), 0.2, 4.6),
-        (spec("int4", imatrix="no", wide="none", head="int4", activations="float16"), 0.3, 4.6),
     ],
     ids=lambda value: value.slug if isinstance(value, ExportSpec) else "",
 )
@@ -138,8 +133,6 @@ def test_a_full_disk_is_one_clear_line(
         (spec("int8", imatrix="yes"), "int8 has no option 'imatrix'"),
         (spec("int4", imatrix="maybe"), "unknown value of imatrix 'maybe'"),
         (spec("fp32", block="32"), "it has: builder"),
-        (spec("fp16", activations="float16"), "fp16 has no option 'activations'"),
-        (spec("int8", activations="half"), "unknown value of activations 'half'"),
         (spec("int4", block="128"), "cannot be cut into blocks of 128"),
     ],
 )
@@ -192,11 +185,10 @@ def test_importance_asks_for_text_before_anything_is_written(
 
 
 def test_without_importance_int4_gets_bits_instead() -> None:
-    rest = {"block": "32", "activations": "float32"}
-    blind = {**rest, "imatrix": "no", "head": "int8", "wide": "down"}
+    blind = {"block": "32", "imatrix": "no", "head": "int8", "wide": "down"}
     assert to_onnx.settings(spec("int4", imatrix="no")) == blind
     assert to_onnx.settings(spec("int4", imatrix="no", head="int4")) == {**blind, "head": "int4"}
-    weighed = {**rest, "imatrix": "yes", "head": "int4", "wide": "none"}
+    weighed = {"block": "32", "imatrix": "yes", "head": "int4", "wide": "none"}
     assert to_onnx.settings(spec("int4")) == weighed
     assert to_onnx.settings(spec("int4", wide="down")) == {**weighed, "wide": "down"}
 
@@ -234,65 +226,12 @@ def test_a_rotation_that_is_no_table_is_refused(make_variant: MakeVariant) -> No
         to_onnx.check(make_variant(rope_parameters=dynamic), spec("fp32"))
 
 
-@pytest.mark.parametrize("wanted", [spec("int8"), spec("int4")], ids=lambda s: s.slug)
-def test_float16_activations_leave_no_float32_in_the_graph(
-    wanted: ExportSpec, checkpoint: Checkpoint, tmp_path: Path
-) -> None:
-    """CUDA's attention with a grouped cache and its lookup of integers take float16 alone."""
-    half = ExportSpec("onnx", wanted.precision, (*wanted.options, ("activations", "float16")))
-    artifact = export(checkpoint, half, tmp_path / "out")
-    graph = ir.load(artifact.path / "model.onnx").graph
-    values = [*graph.inputs, *graph.outputs, *graph.initializers.values()]
-    kinds = {str(value.dtype) for node in graph for value in node.outputs}
-    kinds |= {str(value.dtype) for value in values}
-    assert "FLOAT16" in kinds
-    assert "FLOAT" not in kinds
-    assert "activations float16" in " ".join(artifact.notes)
-
-
-def test_float16_activations_round_to_nearly_the_same(
-    checkpoint: Checkpoint, tmp_path: Path
-) -> None:
-    """Scales are 2^-11 off at most, and few codes are other ones."""
-    codes = []
-    for name, options in (("full", {}), ("half", {"activations": "float16"})):
-        artifact = export(checkpoint, spec("int4", **options), tmp_path / name)
-        graph = ir.load(artifact.path / "model.onnx").graph
-        codes.append(
-            {
-                name: value.const_value.numpy()
-                for name, value in graph.initializers.items()
-                if value.const_value is not None and name.endswith((".codes", ".scales"))
-            }
-        )
-    full, half = codes
-    assert full.keys() == half.keys()
-    for name, array in full.items():
-        if name.endswith(".scales"):
-            assert half[name].dtype == np.float16
-            assert half[name].astype(np.float32) == pytest.approx(array, rel=2**-11, abs=2**-24)
-        else:
-            assert (array == half[name]).mean() > 0.99, name
-
-
-@pytest.mark.parametrize("options", [{"imatrix": "no"}, {}], ids=["blind", "weighed"])
-def test_float16_activations_are_refused_where_they_overflow(
-    options: dict[str, str], make_variant: MakeVariant, tokens: list[int], tmp_path: Path
-) -> None:
-    (tmp_path / "out").mkdir()
-    wanted = spec("int4", activations="float16", **options)
-    with pytest.raises(ShortstackError, match=r"65504 .* Leave activations=float16 out"):
-        to_onnx.export(make_variant(edit=loud), wanted, tmp_path / "out", calibration=[tokens])
-    assert not list((tmp_path / "out").iterdir())
-
-
-def loud(tensors: dict[str, object]) -> None:
-    tensors["model.layers.2.mlp.up_proj.weight"] *= 3e5  # type: ignore[operator]  # a tensor
-
-
 def test_float16_is_refused_where_activations_overflow(
     make_variant: MakeVariant, tokens: list[int], tmp_path: Path
 ) -> None:
+    def loud(tensors: dict[str, object]) -> None:
+        tensors["model.layers.2.mlp.up_proj.weight"] *= 3e5  # type: ignore[operator]  # a tensor
+
     (tmp_path / "out").mkdir()
     with pytest.raises(ShortstackError, match=r"beyond the 65504 .* Export to fp32, int8 or int4"):
         to_onnx.export(
