@@ -21,7 +21,7 @@ from shortstack.export.onnx_config import genai_config, write_genai_config
 from shortstack.export.onnx_data import DataFile
 from shortstack.export.onnx_graph import bytes_per_token, forget_unused
 from shortstack.export.onnx_half import to_half
-from shortstack.export.onnx_quantize import Importance, Quantization, quantize
+from shortstack.export.onnx_quantize import Importance, Quantization, half_activations, quantize
 from shortstack.export.onnx_removed import drop_removed
 from shortstack.export.onnx_tables import Tables, find_tables
 from shortstack.export.to_onnx import DATA, MODEL, SCRATCH
@@ -71,7 +71,7 @@ def write(
             how = Quantization.of(BITS[precision], chosen, importance)
             quantize(graph, tables, how, data, report)
             RemoveUnusedNodesPass()(model)
-        if precision == "fp16":
+        if precision == "fp16" or half_activations(chosen):
             to_half(graph)
         _write_rest(graph.initializers.values(), data, report)
     ir.save(model, out / MODEL)

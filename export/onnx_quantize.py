@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from shortstack.errors import ShortstackError
 from shortstack.export.importance import HEAD
 from shortstack.export.onnx_data import DataFile
 from shortstack.export.onnx_graph import LAYER, layer_of, names_of
@@ -23,7 +24,8 @@ INPUTS = (("q", "qkv"), ("k", "qkv"), ("v", "qkv"), ("gate", "gate_up"), ("up", 
 """Projections, and the fused one that reads the same: builders fuse and split as they like."""
 PROJECTION = re.compile(r"\b(\w+)_proj\b")
 INT8_PRODUCTS = 4
-"""accuracy_level: products in int8; in float they take ten times as long."""
+"""accuracy_level: products in int8; in float they take ten times as long. Of the CPU only: the
+CUDA kernels of onnxruntime 1.31 compute in the type of the activations."""
 OnWritten = Callable[[int], None]
 
 
@@ -60,13 +62,16 @@ def _read_by(projection: str) -> str:
 
 @dataclass(frozen=True)
 class Quantization:
-    """Bits of the body, of the tables and of the projections in `wide`; weights to a scale."""
+    """Bits of the body, of the tables and of the projections in `wide`; weights to a scale.
+
+    `half`: scales are float16, for a graph that `to_half` turns afterwards."""
 
     bits: int
     head_bits: int
     wide: tuple[str, ...]
     block: int
     importance: Importance | None = None
+    half: bool = False
 
     @classmethod
     def of(
@@ -74,7 +79,7 @@ class Quantization:
     ) -> Quantization:
         head = 4 if chosen.get("head") == "int4" else 8
         wide = tuple(part for part in chosen.get("wide", "none").split("+") if part != "none")
-        return cls(bits, head, wide, int(chosen["block"]), importance)
+        return cls(bits, head, wide, int(chosen["block"]), importance, half_activations(chosen))
 
     def bits_of(self, node: ir.Node) -> int:
         wide = any(WIDE[part].search(name) for part in self.wide for name in names_of(node))
@@ -88,6 +93,10 @@ class Quantization:
         return self.importance.of_head() if node is head else self.importance.of(node)
 
 
+def half_activations(chosen: Mapping[str, str]) -> bool:
+    return chosen.get("activations") == "float16"
+
+
 def quantize(
     graph: ir.Graph, tables: Tables, how: Quantization, data: DataFile, written: OnWritten
 ) -> None:
@@ -96,7 +105,7 @@ def quantize(
     assert table is not None
     # an untied table is only looked up: its columns meet no inputs
     weights = how.weights_of(tables.head, tables.head, how.head_bits) if tables.tied else None
-    embedding = _put(graph, table, how.block, how.head_bits, data, weights, turned=False)
+    embedding = _put(graph, table, how, how.head_bits, data, weights, turned=False)
     _replace_gather(graph, tables.gather, embedding)
     written(embedding.n_weights)
     for node in list(graph):
@@ -108,7 +117,7 @@ def quantize(
         elif weight.const_value is not None and len(weight.const_value.shape) == 2:
             bits = how.head_bits if node is tables.head else how.bits_of(node)
             weights = how.weights_of(node, tables.head, bits)
-            matrix = _put(graph, weight, how.block, bits, data, weights, turned=True)
+            matrix = _put(graph, weight, how, bits, data, weights, turned=True)
             _replace_product(graph, node, matrix)
             written(matrix.n_weights)
 
@@ -132,24 +141,32 @@ class Quantized:
 def _put(
     graph: ir.Graph,
     source: ir.Value,
-    block: int,
+    how: Quantization,
     bits: int,
     data: DataFile,
     weights: Floats | None,
     *,
     turned: bool,
 ) -> Quantized:
-    """Round an initializer, transposed if `turned`, and write it."""
+    """Round an initializer, transposed if `turned`, and write it.
+
+    Raises ShortstackError for a scale that float16 does not hold.
+    """
     stored, name = source.const_value, str(source.name)
     assert stored is not None
     matrix = stored.numpy().T if turned else stored.numpy()
-    codes, scales = quantize_rows(matrix, block, bits, weights)
+    codes, scales = quantize_rows(matrix, how.block, bits, weights, half=how.half)
+    if how.half and np.isinf(scales).any():
+        raise ShortstackError(
+            f"{name}: a block's weights are so large that float16 does not hold their scale. "
+            "Export with activations=float32."
+        )
     values = [
         register(graph, data.add(f"{name}.{suffix}", array))
         for suffix, array in (("codes", codes), ("scales", scales))
     ]
     rows, width = matrix.shape
-    return Quantized(values[0], values[1], rows, width, block, bits)
+    return Quantized(values[0], values[1], rows, width, how.block, bits)
 
 
 def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:

@@ -54,8 +54,17 @@ class Precision:
 PRECISIONS: dict[str, Precision] = {
     "fp32": Precision(32),
     "fp16": Precision(16),
-    "int8": Precision(8, (("block", "32"),)),
-    "int4": Precision(4, (("block", "32"), ("imatrix", "yes"), ("head", "int4"), ("wide", "none"))),
+    "int8": Precision(8, (("block", "32"), ("activations", "float32"))),
+    "int4": Precision(
+        4,
+        (
+            ("block", "32"),
+            ("imatrix", "yes"),
+            ("head", "int4"),
+            ("wide", "none"),
+            ("activations", "float32"),
+        ),
+    ),
 }
 BLIND = {"head": "int8", "wide": "down"}
 """Defaults of int4 with imatrix=no: rounding that knows no inputs needs these bits."""
@@ -66,11 +75,13 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "imatrix": ("yes", "no"),
     "head": ("int4", "int8"),
     "wide": ("none", "down", "down+qkv"),
+    "activations": ("float32", "float16"),
 }
 """`builder`: what makes the graph (onnx_builders.py); `block`: weights that share a scale;
 `imatrix`: whether 4 bits are rounded for the inputs that calibration text makes (onnx_rounding.py);
 `head`: type of the output matrix and of the embedding; `wide`: projections of an int4 model with 8
-bits.
+bits; `activations`: type of all that is no code: activations, scales, KV cache. float16 is for
+CUDA, where onnxruntime has no GroupQueryAttention in float32.
 
 Measured on SmolLM2-135M, KL to float32, with imatrix: all int4 0.23; head int8 or down int8 0.17;
 both 0.13. Without: all int4 0.37; head and down int8 0.18.
@@ -87,6 +98,11 @@ def settings(spec: ExportSpec) -> dict[str, str]:
     given = {name: value for name, value in spec.options if name != "builder"}
     blind = BLIND if given.get("imatrix") == "no" else {}
     return {**dict(PRECISIONS[spec.precision].defaults), **blind, **given}
+
+
+def is_half(spec: ExportSpec) -> bool:
+    """Whether the graph computes in float16."""
+    return spec.precision == "fp16" or settings(spec).get("activations") == "float16"
 
 
 def check(checkpoint: Checkpoint, spec: ExportSpec) -> None:
@@ -129,7 +145,7 @@ def predict(checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, int]:
     bits = PRECISIONS[spec.precision].bits
     plain = bits in (16, 32)
     size = checkpoint.n_params * bits // 8 if plain else _quantized_bytes(checkpoint, spec)
-    entry_bytes = 2 if spec.precision == "fp16" else 4
+    entry_bytes = 2 if is_half(spec) else 4
     size += 200 * checkpoint.n_layers * 50 + entry_bytes * _rotation_entries(checkpoint, spec)
     largest = max(math.prod(info.shape) for info in checkpoint.tensors.values())
     making = builder.peak_ram_bytes(checkpoint) + _writing_bytes(largest, bits)
@@ -159,7 +175,7 @@ def _rotation_entries(checkpoint: Checkpoint, spec: ExportSpec) -> int:
 
 def _quantized_bytes(checkpoint: Checkpoint, spec: ExportSpec) -> int:
     chosen, sizes = settings(spec), checkpoint.dims
-    scale = 32 / int(chosen["block"])  # a float32 a block
+    scale = (16 if is_half(spec) else 32) / int(chosen["block"])  # a number a block
     eight, body = 8 + scale, PRECISIONS[spec.precision].bits + scale
     wide = chosen.get("wide", "none")
     n_wide = checkpoint.n_layers * (
@@ -191,7 +207,7 @@ def _unchanged_context(checkpoint: Checkpoint, longest: int | None) -> int | Non
 
 def calibrates(checkpoint: Checkpoint, spec: ExportSpec) -> bool:
     """For importance, and before anything computes in float16."""
-    return spec.precision == "fp16" or wants_importance(spec)
+    return is_half(spec) or wants_importance(spec)
 
 
 def wants_importance(spec: ExportSpec) -> bool:
@@ -268,13 +284,23 @@ def _calibrate(
         scratch.mkdir()
         channels = scratch / CHANNELS
         seen = observe(checkpoint, windows, channels=channels)
+        _refuse_overflow(seen, spec)
         weighed = f"importance from {seen.n_tokens} tokens of calibration text"
         return (*activations.notes(seen), weighed), channels
-    if spec.precision != "fp16" or not windows:
+    if not is_half(spec) or not windows:
         return (), None
     seen = observe(checkpoint, windows)
-    refuse_float16(seen.anywhere, "fp16 in ONNX", "Export to fp32, int8 or int4.")
+    _refuse_overflow(seen, spec)
     return activations.notes(seen), None
+
+
+def _refuse_overflow(seen: activations.ActivationRange, spec: ExportSpec) -> None:
+    """Raise ShortstackError where float16 would turn an activation into infinity."""
+    if spec.precision == "fp16":
+        refuse_float16(seen.anywhere, "fp16 in ONNX", "Export to fp32, int8 or int4.")
+    elif is_half(spec):
+        what = f"{spec.precision} in ONNX with float16 activations"
+        refuse_float16(seen.anywhere, what, "Export with activations=float32.")
 
 
 def _unweighted_notes(names: Sequence[str]) -> list[str]:

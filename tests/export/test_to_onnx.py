@@ -185,10 +185,11 @@ def test_importance_asks_for_text_before_anything_is_written(
 
 
 def test_without_importance_int4_gets_bits_instead() -> None:
-    blind = {"block": "32", "imatrix": "no", "head": "int8", "wide": "down"}
+    same = {"block": "32", "activations": "float32"}
+    blind = {**same, "imatrix": "no", "head": "int8", "wide": "down"}
     assert to_onnx.settings(spec("int4", imatrix="no")) == blind
     assert to_onnx.settings(spec("int4", imatrix="no", head="int4")) == {**blind, "head": "int4"}
-    weighed = {"block": "32", "imatrix": "yes", "head": "int4", "wide": "none"}
+    weighed = {**same, "imatrix": "yes", "head": "int4", "wide": "none"}
     assert to_onnx.settings(spec("int4")) == weighed
     assert to_onnx.settings(spec("int4", wide="down")) == {**weighed, "wide": "down"}
 
