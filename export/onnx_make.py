@@ -19,7 +19,7 @@ from shortstack.export.onnx_attention import set_attention
 from shortstack.export.onnx_builders import choose
 from shortstack.export.onnx_config import genai_config, write_genai_config
 from shortstack.export.onnx_data import DataFile
-from shortstack.export.onnx_graph import bytes_per_token, forget_unused
+from shortstack.export.onnx_graph import bytes_per_token, forget_unused, multiplied_params
 from shortstack.export.onnx_half import to_half
 from shortstack.export.onnx_quantize import Importance, Quantization, half_activations, quantize
 from shortstack.export.onnx_removed import drop_removed
@@ -47,7 +47,10 @@ def make_here(request: dict[str, Any]) -> dict[str, Any]:
             write_genai_config(config, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    multiplied = multiplied_params(out / MODEL)
     return {
+        "matmul_params": multiplied.matmul_params,
+        "head_params": multiplied.head_params,
         "weight_bytes_per_token": bytes_per_token(out / MODEL),
         "unweighted": importance.missing if importance else [],
     }

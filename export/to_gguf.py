@@ -35,6 +35,7 @@ from shortstack.export.importance_file import FILE as IMPORTANCE
 from shortstack.export.removed import check_removed
 from shortstack.footprint import PROCESS_BYTES
 from shortstack.gguf_header import GGML_TYPES, read_header
+from shortstack.multiplied import of_gguf
 from shortstack.progress import OnProgress, silent
 
 REVISION = 1
@@ -132,6 +133,7 @@ def export(
         file_sha256 = _write(checkpoint, spec, target, matrix, progress)
     table = read_table(target)
     _check_types(checkpoint, spec, target, table)
+    multiplied = of_gguf(read_header(target))
     return Artifact(
         path=target,
         spec=spec,
@@ -143,6 +145,8 @@ def export(
         source_sha256=checkpoint.sha256,
         least_runtime=least_runtime(checkpoint),
         notes=(*notes, *_fallback_notes(chosen, table), _types_note(table)),
+        matmul_params=multiplied.matmul_params,
+        head_params=multiplied.head_params,
     )
 
 

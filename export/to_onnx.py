@@ -264,6 +264,8 @@ def export(
             *notes,
             *_unweighted_notes(made["unweighted"]),
         ),
+        matmul_params=made["matmul_params"],
+        head_params=made["head_params"],
     )
 
 
