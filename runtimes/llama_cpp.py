@@ -102,11 +102,13 @@ class LlamaCppSession:
             raise ShortstackError(f"{path} is not a file. Name a .gguf file.")
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = self._gpu_layers()
+        alone = list_of()  # left alone, a build for cards takes their memory for the host's part
         if self._choice.offloads:
             name, pointer = self._device()
             self._backend = name.rstrip("0123456789")
             alone = list_of(pointer)
-            params.devices = ctypes.cast(alone, ctypes.c_void_p)
+        params.devices = ctypes.cast(alone, ctypes.c_void_p)
+        if self._choice.offloads:
             params.split_mode = self._lib.LLAMA_SPLIT_MODE_NONE
             params.main_gpu = 0  # of that list
         params.use_extra_bufts = not self._amx_avoided
