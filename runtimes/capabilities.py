@@ -48,7 +48,8 @@ CAPABILITIES: Mapping[str, Capability] = {
         },
     ),
 }
-"""CUDA rows were written without a card at hand: they are untested."""
+"""onnxruntime and pytorch ran on an H100 (tests/runtimes/test_*_card.py); llama.cpp and genai have
+not run on a card yet."""
 
 
 COMPUTES_IN = {"bnb-int8": "float16", "torchao-int4": "bfloat16"}

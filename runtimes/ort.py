@@ -22,7 +22,7 @@ CUDA = "CUDAExecutionProvider"
 
 
 class OrtSession:
-    """A folder with model.onnx open in onnxruntime, on the CPU or (untested) on CUDA.
+    """A folder with model.onnx open in onnxruntime, on the CPU or on CUDA.
 
     Graphs of GroupQueryAttention write new keys and values into the buffer they read the old ones
     from: it is allocated once for the whole context and bound as input and output. Other graphs
@@ -207,9 +207,7 @@ class OrtSession:
         for index in range(batch):
             start = logits.data_ptr() + ((index + 1) * count - 1) * row_bytes
             view = self._session.io_binding()
-            view.bind_output(
-                "logits", *self._device, self._logits_dtype, [1, 1, vocab], start
-            )
+            view.bind_output("logits", *self._device, self._logits_dtype, [1, 1, vocab], start)
             found[index] = view.get_outputs()[0].numpy()[0, 0]
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +17,7 @@ from shortstack.runtimes.pytorch_quantize import PLAIN, load_quantized
 
 
 class PyTorchSession:
-    """A Hugging Face folder open in transformers, on the CPU or (untested) on CUDA.
+    """A Hugging Face folder open in transformers, on the CPU or on CUDA.
 
     `quantize`: what the weights of its linear layers are turned into while they load, a word of
     `capabilities`.
@@ -39,7 +40,8 @@ class PyTorchSession:
         self._device = _device(torch, device)
         weights: dict[str, Any] = {}
         if quantize == PLAIN:
-            self._model = load(path, getattr(torch, dtype)).to(self._device)
+            straight = None if self._device.type == "cpu" or not _has_accelerate() else self._device
+            self._model = load(path, getattr(torch, dtype), device=straight).to(self._device)
         else:
             self._model, weights = load_quantized(path, quantize, dtype, self._device)
         self._synchronize()  # the copy to the device belongs to the load
@@ -156,6 +158,11 @@ def _packages() -> tuple[Any, Any]:
     except ImportError as error:
         raise MissingExtraError(str(error.name), "prune", "running a checkpoint") from None
     return torch, transformers
+
+
+def _has_accelerate() -> bool:
+    """transformers places tensors as it reads them only with it."""
+    return find_spec("accelerate") is not None
 
 
 def _device(torch: Any, device: str) -> Any:

@@ -66,15 +66,15 @@ def load(
 
     transformers only warns when it invents a tensor or ignores one: the model would run, wrong.
     `text_only`: of a multimodal model the decoder alone. `quantization`: transformers' config of
-    one; tensors then go straight to `device`.
+    one. `device`: where tensors go as they are read; no copy of the whole lies in RAM first.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    there: dict[str, Any] = {}
+    there: dict[str, Any] = {} if device is None else {"device_map": {"": device}}
     if quantization is not None:
-        there = {"quantization_config": quantization, "device_map": {"": device}}
+        there["quantization_config"] = quantization
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             config = config_of(path)
