@@ -15,12 +15,12 @@ import pytest
 from tests.command_line import fails
 from tests.devices.json_schema import errors
 
-from shortstack import bench_commands
 from shortstack.artifact import ExportSpec
-from shortstack.bench_models import benchable
-from shortstack.bench_plan import BenchChoice, make_plan
+from shortstack.bench.models import benchable
+from shortstack.bench.plan import BenchChoice, make_plan
 from shortstack.checkpoint import Checkpoint
 from shortstack.cli import main
+from shortstack.commands import bench as bench_commands
 from shortstack.devices import host
 from shortstack.devices.measurement import Measurement
 from shortstack.errors import ShortstackError

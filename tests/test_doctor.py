@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from shortstack import child, doctor_probes
+from shortstack import child
 from shortstack.devices import nvidia
 from shortstack.doctor import (
     devices,
@@ -24,10 +24,11 @@ from shortstack.doctor import (
     onnxruntime_twins,
     python,
 )
-from shortstack.doctor_onnx import decoder_answer
-from shortstack.doctor_pairs import RUNTIMES, Runtime, pairs, try_runtime
+from shortstack.doctor import probes as doctor_probes
+from shortstack.doctor.findings import Finding, healthy
+from shortstack.doctor.onnx import decoder_answer
+from shortstack.doctor.pairs import RUNTIMES, Runtime, pairs, try_runtime
 from shortstack.errors import ShortstackError
-from shortstack.findings import Finding, healthy
 
 
 def works(request: Mapping[str, Any]) -> dict[str, str]:

@@ -11,8 +11,8 @@ import pytest
 from tests.gguf_zoo import write_file
 
 from shortstack.cli import main
+from shortstack.commands.gguf_cut import check_file
 from shortstack.errors import ShortstackError
-from shortstack.gguf_commands import check_file
 from shortstack.gguf_header import read_header
 from shortstack.intake import open_model
 from shortstack.prune.plan import PrunePlan

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from shortstack.artifact import Artifact, ExportSpec
-from shortstack.bench_models import benchable
+from shortstack.bench.models import benchable
 from shortstack.checkpoint import Checkpoint
 from shortstack.export import exporter
 from shortstack.export.onnx_graph import multiplied_params

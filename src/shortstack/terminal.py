@@ -11,7 +11,7 @@ from shortstack.progress import Display, OnProgress, Quiet
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from shortstack.findings import Finding
+    from shortstack.doctor.findings import Finding
 
 
 class Terminal:

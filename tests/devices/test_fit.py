@@ -13,7 +13,7 @@ import pytest
 from shortstack.devices import fit
 from shortstack.devices.page_cache import prepare, resident_share
 from shortstack.devices.workload import Workload
-from shortstack.doctor_probes import write_tiny_gguf
+from shortstack.doctor.probes import write_tiny_gguf
 
 from .conftest import MakeCase
 

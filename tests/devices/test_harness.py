@@ -12,7 +12,7 @@ from shortstack.devices.harness import measure, without_folders
 from shortstack.devices.protocol import Protocol
 from shortstack.devices.schedule import Case, schedule
 from shortstack.devices.workload import Prompt, Workload
-from shortstack.doctor_probes import write_tiny_gguf
+from shortstack.doctor.probes import write_tiny_gguf
 from shortstack.errors import ShortstackError
 
 from .conftest import MakeCase

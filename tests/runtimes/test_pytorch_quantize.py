@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shortstack.bench_models import benchable
+from shortstack.bench.models import benchable
 from shortstack.checkpoint import Checkpoint
 from shortstack.devices import fit
 from shortstack.devices.harness import as_loaded

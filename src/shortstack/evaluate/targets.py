@@ -141,7 +141,7 @@ def _recognised(place: Path) -> tuple[Path, str, str | None]:
     """(what to open, its format, what the manifest says of the export)."""
     manifest = read_manifest(place) if place.is_dir() else None
     if manifest is not None and "artifact" in manifest:
-        from shortstack.commands import open_artifact
+        from shortstack.commands.stages import open_artifact
 
         artifact = open_artifact(place)
         return artifact.path, artifact.format, artifact.spec.slug

@@ -14,9 +14,9 @@ from tests.healing import LENGTH, Windows, settings
 from shortstack import cli
 from shortstack.artifact import ExportSpec
 from shortstack.checkpoint import Checkpoint
+from shortstack.commands.heal import HealText, windows_for
 from shortstack.errors import ShortstackError
 from shortstack.export import exporter
-from shortstack.heal_commands import HealText, windows_for
 from shortstack.pretrained import load
 from shortstack.prune.heal.data import mix, packed_windows, read_documents
 from shortstack.prune.heal.order import rows_of_step

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shortstack.cli_shared import (
+from shortstack.cli.shared import (
     DryRun,
     JsonOption,
     Out,
@@ -87,9 +87,10 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Measure models in fresh processes, in turn; keep every sample. A killed campaign goes on."""
-    from shortstack import bench_commands, terminal
-    from shortstack.bench_plan import BenchChoice
-    from shortstack.commands import split_option
+    from shortstack import terminal
+    from shortstack.bench.plan import BenchChoice
+    from shortstack.commands import bench as bench_commands
+    from shortstack.commands.stages import split_option
 
     choice = BenchChoice(
         runtimes=tuple(runtime or ()),

@@ -69,7 +69,7 @@ def check_file(file: Path) -> None:
     patience_s = 120 + file.stat().st_size / 2e7  # a disk that reads 20 MB/s
     request = {"file": str(file)}
     child.call(
-        "shortstack.gguf_commands:run_here", request, timeout_s=patience_s, what="the cut file"
+        "shortstack.commands.gguf_cut:run_here", request, timeout_s=patience_s, what="the cut file"
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shortstack.artifact import Artifact
-from shortstack.bench_models import benchable, longest_context
+from shortstack.bench.models import benchable, longest_context
 from shortstack.devices import fit, listing
 from shortstack.devices.host import check_threads, cpu_model, libraries, machine_id, usable_cores
 from shortstack.devices.schedule import Case

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from shortstack.cli_shared import JsonOption, QuietOption, answer, user_errors
+from shortstack.cli.shared import JsonOption, QuietOption, answer, user_errors
 
 Folders = Annotated[
     list[Path],
@@ -52,11 +52,13 @@ def report(
 
     One folder of shortstack run alone: write that run's own report again.
     """
-    from shortstack import commands, report_commands, terminal
+    from shortstack import terminal
+    from shortstack.commands import report as report_commands
+    from shortstack.commands import stages
 
     alone = not (merge or evaluation or project)
     if alone and report_commands.is_one_run(folders, out):
-        result = commands.report(folders[0], out or folders[0])
+        result = stages.report(folders[0], out or folders[0])
     else:
         result = report_commands.merge_reports(folders, evaluation or (), out, project or ())
     answer(result, as_json, lambda: terminal.print_facts(result, quiet))

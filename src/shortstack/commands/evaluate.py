@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shortstack import commands, eval_report
+from shortstack import eval_report
+from shortstack.commands import stages
 from shortstack.devices.host import check_threads
 from shortstack.errors import ShortstackError
 from shortstack.evaluate import agreement
@@ -108,7 +109,7 @@ def _targets(
         label = _label(wanted.name, [target.label for target in targets])
         place = Path(wanted.name)
         if not place.exists() and ":" in wanted.name:
-            place = stack.enter_context(commands.opened(wanted.name, out, display)).path
+            place = stack.enter_context(stages.opened(wanted.name, out, display)).path
         target = target_of(place, label=label, runtime=wanted.runtime, tokenizer=wanted.tokenizer)
         same = [t for t in targets if (t.sha256, t.runtime) == (target.sha256, target.runtime)]
         if not same:

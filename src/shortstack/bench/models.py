@@ -10,7 +10,7 @@ from typing import Any
 
 from shortstack.artifact import Artifact, ExportSpec
 from shortstack.checkpoint import Checkpoint, hash_digests, hash_file, hash_files
-from shortstack.commands import open_artifact
+from shortstack.commands.stages import open_artifact
 from shortstack.devices.fit import DTYPE_BYTES, QUANTIZED_BYTES
 from shortstack.errors import ShortstackError, require
 from shortstack.families import context_tokens
@@ -162,7 +162,7 @@ def _precision(header: GgufHeader) -> str:
 def _onnx(place: Path) -> Artifact:
     """A graph of another tool; what it is quantized to shows in its operators."""
     require(("onnx_ir",), "onnx", "reading an ONNX graph")
-    from shortstack.bench_onnx import graph_facts
+    from shortstack.bench.onnx_graph import graph_facts
     from shortstack.export.onnx_graph import bytes_per_token, multiplied_params
 
     model = place / "model.onnx"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shortstack.checkpoint import Checkpoint
-from shortstack.commands import opened
+from shortstack.commands.stages import opened
 from shortstack.errors import ShortstackError, require
 from shortstack.intake import model_paths, resolve
 from shortstack.manifest import check_apart, check_ours, finished, staged, step_key, write_manifest

@@ -10,17 +10,15 @@ from typing import Annotated
 
 import typer
 
-from shortstack import (
-    __version__,
-    cli_bench,
-    cli_eval,
-    cli_heal,
-    cli_lm_eval,
-    cli_repair,
-    cli_report,
-    cli_trim,
-)
-from shortstack.cli_shared import (
+from shortstack import __version__
+from shortstack.cli import bench as cli_bench
+from shortstack.cli import evaluate as cli_eval
+from shortstack.cli import heal as cli_heal
+from shortstack.cli import lm_eval as cli_lm_eval
+from shortstack.cli import repair as cli_repair
+from shortstack.cli import report as cli_report
+from shortstack.cli import trim as cli_trim
+from shortstack.cli.shared import (
     DryRun,
     JsonOption,
     Model,
@@ -97,7 +95,8 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Choose the layers to drop; write the choice and its scores as JSON."""
-    from shortstack import commands, terminal
+    from shortstack import terminal
+    from shortstack.commands import stages
     from shortstack.recipe import PruneRecipe, part
 
     choice = part(
@@ -106,9 +105,9 @@ def plan(
         drop=drop,
         windows=windows,
         window_tokens=window_tokens,
-        options=commands.typed_options(option or ()),
+        options=stages.typed_options(option or ()),
     )
-    result = commands.plan(
+    result = stages.plan(
         model, choice, text, out, dry_run=dry_run, display=terminal.display(quiet or as_json)
     )
     answer(result, as_json, lambda: terminal.print_plan(result, quiet))
@@ -127,9 +126,11 @@ def prune(
 ) -> None:
     """Cut layers out of a model; the result is a plain Hugging Face folder, or, where MODEL and
     OUT are .gguf files, a GGUF file with its quantized bytes untouched."""
-    from shortstack import commands, gguf_commands, terminal
+    from shortstack import terminal
+    from shortstack.commands import gguf_cut as gguf_commands
+    from shortstack.commands import stages
 
-    cut = gguf_commands.cut_model if gguf_commands.wanted(model, out) else commands.prune_model
+    cut = gguf_commands.cut_model if gguf_commands.wanted(model, out) else stages.prune_model
     result = cut(
         model, drop, plan, out, dry_run=dry_run, display=terminal.display(quiet or as_json)
     )
@@ -151,13 +152,14 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Export a model and prove the artifact against PyTorch in its own runtime."""
-    from shortstack import commands, terminal
+    from shortstack import terminal
+    from shortstack.commands import stages
     from shortstack.devices.host import usable_cores
     from shortstack.recipe import ExportRecipe, part
 
-    options = dict(commands.split_option(item) for item in option or ())
+    options = dict(stages.split_option(item) for item in option or ())
     wanted = part(ExportRecipe, to=to, options=options, max_perplexity_ratio=max_perplexity_ratio)
-    result = commands.export(
+    result = stages.export(
         model,
         wanted,
         text,
@@ -176,7 +178,7 @@ def doctor(as_json: JsonOption = False) -> None:
     from shortstack import terminal
     from shortstack.devices.listing import survey
     from shortstack.doctor import examine
-    from shortstack.findings import healthy
+    from shortstack.doctor.findings import healthy
 
     findings = examine()
     data = {

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from shortstack.cli_shared import JsonOption, Out, QuietOption, answer, user_errors
+from shortstack.cli.shared import JsonOption, Out, QuietOption, answer, user_errors
 
 Models = Annotated[
     list[str],
@@ -67,7 +67,8 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Score models and artifacts on the same rows: accuracy, perplexity, short answers."""
-    from shortstack import eval_commands, eval_report, terminal
+    from shortstack import eval_report, terminal
+    from shortstack.commands import evaluate as eval_commands
     from shortstack.devices.host import usable_cores
     from shortstack.evaluate.sets import listed
     from shortstack.evaluate.targets import Loading

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from shortstack.cli_shared import JsonOption, Out, QuietOption, Text, answer, user_errors
+from shortstack.cli.shared import JsonOption, Out, QuietOption, Text, answer, user_errors
 
 
 @user_errors
@@ -29,7 +29,8 @@ def repair(
     as_json: JsonOption = False,
 ) -> None:
     """Repair a cut without training: fold what the dropped layers did on average into weights."""
-    from shortstack import repair_commands, terminal
+    from shortstack import terminal
+    from shortstack.commands import repair as repair_commands
 
     result = repair_commands.repair_model(
         pruned,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shortstack.doctor_onnx import CONTEXT, decoder_answer, decoder_inputs, write_tiny_onnx
+from shortstack.doctor.onnx import CONTEXT, decoder_answer, decoder_inputs, write_tiny_onnx
 from shortstack.errors import ShortstackError
 
 BATCH = 64

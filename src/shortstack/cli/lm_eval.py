@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from shortstack.cli_shared import user_errors
+from shortstack.cli.shared import user_errors
 
 SETTINGS = {
     "ignore_unknown_options": True,

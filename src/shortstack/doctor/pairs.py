@@ -8,8 +8,8 @@ from typing import Any
 
 from shortstack import child
 from shortstack.devices.nvidia import ORDER
+from shortstack.doctor.findings import Finding
 from shortstack.errors import ShortstackError
-from shortstack.findings import Finding
 
 Probe = Callable[[], Sequence[Finding]]
 TIMEOUT_S = 120.0
@@ -55,9 +55,9 @@ RUNTIMES = (
         "llama.cpp",
         ("llama-cpp-python",),
         "gguf",
-        "shortstack.doctor_probes:llama_cpp",
+        "shortstack.doctor.probes:llama_cpp",
         rebuild_llama(),
-        "shortstack.doctor_probes:llama_cpp_session",
+        "shortstack.doctor.probes:llama_cpp_session",
         {
             "cuda": rebuild_llama("CUDA"),
             "rocm": rebuild_llama("HIP"),
@@ -69,7 +69,7 @@ RUNTIMES = (
         "onnxruntime",
         ("onnxruntime", "onnxruntime-gpu"),
         "onnx",
-        "shortstack.doctor_probes:onnxruntime",
+        "shortstack.doctor.probes:onnxruntime",
         "Run: pip install --force-reinstall 'shortstack[onnx]'",
         beyond={"cuda": _swap("onnxruntime", "onnxruntime-genai")},
     ),
@@ -77,7 +77,7 @@ RUNTIMES = (
         "onnxruntime-genai",
         ("onnxruntime-genai", "onnxruntime-genai-cuda"),
         "onnx",
-        "shortstack.doctor_probes:onnxruntime_genai",
+        "shortstack.doctor.probes:onnxruntime_genai",
         "Run: pip install --force-reinstall 'shortstack[onnx]'",
         beyond={"cuda": _swap("onnxruntime", "onnxruntime-genai")},
     ),
@@ -85,7 +85,7 @@ RUNTIMES = (
         "pytorch",
         ("torch",),
         "prune",
-        "shortstack.doctor_probes:pytorch",
+        "shortstack.doctor.probes:pytorch",
         "Run: pip install --force-reinstall 'shortstack[prune]'",
         beyond={
             "cuda": "Run: pip install --force-reinstall torch --index-url "

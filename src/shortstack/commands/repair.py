@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from shortstack.checkpoint import Checkpoint
-from shortstack.commands import opened
+from shortstack.commands.stages import opened
 from shortstack.errors import ShortstackError, unknown
 from shortstack.families import context_tokens
 from shortstack.intake import model_paths, preview_model

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from shortstack.cli_shared import JsonOption, Out, QuietOption, answer, naming_options, user_errors
+from shortstack.cli.shared import JsonOption, Out, QuietOption, answer, naming_options, user_errors
 
 TrainText = Annotated[
     list[str], typer.Option(help="Your text: a file, spdx, or a folder with splits.")
@@ -75,7 +75,8 @@ def heal(
     as_json: JsonOption = False,
 ) -> None:
     """Train a cut model towards the model it was cut from; keep the best state."""
-    from shortstack import heal_commands, terminal
+    from shortstack import terminal
+    from shortstack.commands import heal as heal_commands
     from shortstack.prune.heal.settings import HealSettings
 
     with naming_options(learning_rate="rate"):
@@ -138,7 +139,8 @@ def streamline(
     as_json: JsonOption = False,
 ) -> None:
     """Put one trained layer in the place of the run that changes least (LLM-Streamline)."""
-    from shortstack import heal_commands, terminal
+    from shortstack import terminal
+    from shortstack.commands import heal as heal_commands
     from shortstack.prune.heal.settings import HealSettings
 
     with naming_options(learning_rate="rate"):

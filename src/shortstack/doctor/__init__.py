@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shortstack.doctor_pairs import Probe, pairs
-from shortstack.findings import Finding, Status
+from shortstack.doctor.findings import Finding, Status
+from shortstack.doctor.pairs import Probe, pairs
 from shortstack.progress import OnProgress, silent
 
 LEAST_PYTHON = (3, 11)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shortstack import __version__
-from shortstack.bench_plan import BenchChoice, Plan, make_plan
+from shortstack.bench.plan import BenchChoice, Plan, make_plan
 from shortstack.devices import fit
 from shortstack.devices.energy import counters
 from shortstack.devices.harness import measure

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from shortstack.cli_shared import (
+from shortstack.cli.shared import (
     JsonOption,
     Model,
     Out,
@@ -69,7 +69,8 @@ def trim(
     as_json: JsonOption = False,
 ) -> None:
     """Tune on a domain's questions and take depth out on the way (TrimLLM)."""
-    from shortstack import terminal, trim_commands
+    from shortstack import terminal
+    from shortstack.commands import trim as trim_commands
 
     settings = {
         **{"mode": mode, "unit": unit, "score": score, "ratio": ratio, "rate": rate},

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shortstack.checkpoint import Checkpoint
-from shortstack.commands import opened
+from shortstack.commands.stages import opened
 from shortstack.errors import ShortstackError, require, unknown
 from shortstack.intake import preview_model
 from shortstack.manifest import (
