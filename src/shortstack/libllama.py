@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import sys
 from collections import deque
 from types import ModuleType
 from typing import Any
@@ -20,6 +22,7 @@ def libllama() -> ModuleType:
 
     Raises MissingExtraError if it is not installed.
     """
+    _one_libstdcxx()
     try:
         import llama_cpp.llama_cpp as lib
     except ImportError:
@@ -27,6 +30,17 @@ def libllama() -> ModuleType:
     lib.llama_log_set(_callback(lib), ctypes.c_void_p(0))
     lib.llama_backend_init()
     return lib
+
+
+def _one_libstdcxx() -> None:
+    """Let every library find the process's own C++ runtime first, NumPy's and torch's.
+
+    Builds of llama.cpp with -static-libstdc++ export their copy of it. Where both are there, half
+    of a locale comes from each, and std::regex, which splits a tokenizer's text, dies of SIGSEGV.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a system without one has nothing to mix
+            ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
 
 
 _fragments: deque[str] = deque(maxlen=LOG_LINES)
