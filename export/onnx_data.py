@@ -18,6 +18,21 @@ MAPPED_BYTES, PAGE = 1 << 20, 4096
 """onnxruntime maps large tensors instead of reading them; a page apart, they share none."""
 
 
+def in_rows(array: NDArray[Any]) -> NDArray[Any]:
+    """The array in C order. Of a transposed matrix torch makes the copy in a fifth of numpy's time,
+    which was a quarter of an fp16 export."""
+    bits = {2: np.int16, 4: np.int32}.get(array.itemsize)
+    if array.flags.c_contiguous or array.ndim != 2 or not array.T.flags.c_contiguous:
+        return np.ascontiguousarray(array)
+    if bits is None or not array.flags.writeable:  # torch warns of memory that it may not write
+        return np.ascontiguousarray(array)
+    import torch
+
+    turned = torch.from_numpy(array.T.view(bits)).t().contiguous()
+    copied: NDArray[Any] = turned.numpy().view(array.dtype)
+    return copied
+
+
 class DataFile:
     """model.onnx.data: `add` appends an array and gives back the reference to put in the graph."""
 
@@ -32,7 +47,7 @@ class DataFile:
         with disk_errors(self._path):
             self._align(PAGE if array.nbytes >= MAPPED_BYTES else 64)
             offset = self._file.tell()
-            self._file.write(np.ascontiguousarray(array).data)
+            self._file.write(in_rows(array).data)
         return ir.ExternalTensor(
             self._path.name,
             offset,
