@@ -34,6 +34,8 @@ class GenaiSession:
         self._tokenizer: Any = None
         config = json.loads((path / "genai_config.json").read_text(encoding="utf-8"))
         self._vocab = int(config["model"]["vocab_size"])
+        outputs = config["model"].get("decoder", {}).get("outputs", {})
+        self._first_key = outputs.get("present_key_names", "present.%d.key").replace("%d", "0")
         self._info = {
             "runtime": "onnxruntime-genai",
             "version": onnxruntime_genai.__version__,
@@ -48,6 +50,10 @@ class GenaiSession:
 
     @property
     def info(self) -> dict[str, Any]:
+        """`kv_cache` is known behind the first prompt: genai tells types with values alone."""
+        if self._begun and "kv_cache" not in self._info:
+            with contextlib.suppress(RuntimeError):  # a graph that names its cache otherwise
+                self._info["kv_cache"] = self._generator.get_output(self._first_key).dtype.name
         return dict(self._info)
 
     def prefill(self, tokens: Sequence[int], *, all_logits: bool = False) -> NDArray[np.float32]:

@@ -330,6 +330,16 @@ def test_a_step_binds_its_ids_and_not_the_cache_where_that_is_shared(
     np.testing.assert_array_equal(again, expected)
 
 
+def test_genai_says_what_its_cache_holds(files: dict[str, Path]) -> None:
+    """onnxruntime reads the same graph; bytes of a token are counted by this type."""
+    with open_session(files["onnx"], "onnxruntime", threads=1, context_tokens=4) as session:
+        expected = session.info["kv_cache"]
+    with open_session(files["onnx"], "onnxruntime-genai", threads=1, context_tokens=4) as session:
+        assert "kv_cache" not in session.info
+        session.prefill([1])
+        assert session.info["kv_cache"] == expected
+
+
 def test_genai_decodes_nothing_before_a_prompt(files: dict[str, Path]) -> None:
     with open_session(files["onnx"], "onnxruntime-genai", threads=1, context_tokens=4) as session:
         with pytest.raises(ShortstackError, match="needs a prefill"):
