@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -66,6 +67,7 @@ def export(source: Path, spec: ExportSpec, out: Path) -> float:
     """Seconds that one export took. It is moved into its place when it is whole."""
     began = time.perf_counter()
     scratch = out.with_name(f".{out.name}")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     scratch.mkdir()
     artifact = exporter(spec.format).export(Checkpoint.open(source), spec, scratch)
     if spec.format == "gguf":
@@ -191,7 +193,7 @@ def bench(asked: argparse.Namespace) -> None:
     ends = time.monotonic() + 60 * asked.minutes
     for campaign in campaigns(asked):
         done = asked.out / campaign.name / "bench.json"
-        if done.is_file() or time.monotonic() > ends:
+        if whole(done) or time.monotonic() > ends:
             continue
         began = time.monotonic()
         log = asked.out / f"{campaign.name}.log"
@@ -201,6 +203,14 @@ def bench(asked: argparse.Namespace) -> None:
         print(f"{campaign.name}: exit {code}, {time.monotonic() - began:.0f} s", flush=True)
         if done.is_file():
             print(brief(json.loads(done.read_text(encoding="utf-8"))), flush=True)
+
+
+def whole(file: Path) -> bool:
+    """Whether a campaign ended and no case failed; `shortstack bench` tries those again."""
+    if not file.is_file():
+        return False
+    record = json.loads(file.read_text(encoding="utf-8"))
+    return all(one["failure"] is None for one in record["measurements"])
 
 
 def brief(record: dict[str, object]) -> str:

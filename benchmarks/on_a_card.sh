@@ -13,7 +13,7 @@ python3 -m pytest -q tests/devices/test_real_card.py tests/runtimes/test_pytorch
   tests/runtimes/test_ort_card.py tests/devices/test_roofline_ceilings.py 2>&1 | tee "$out/tests.txt"
 python3 -m shortstack doctor >"$out/doctor.txt" 2>&1
 
-python3 -m benchmarks.formats make "$scratch/models" --big "$scratch/gguf" >"$out/make.txt" 2>&1
+python3 -m benchmarks.formats make "$scratch/models" --big "$scratch/gguf" >"$out/make.txt" 2>&1 || exit 1
 
 for to in gguf:Q8_0 gguf:Q4_0 onnx:fp16; do
   python3 -m shortstack export "$model" --to $to -o "$scratch/small/${to/:/-}" \

@@ -287,6 +287,9 @@ def checked(parser: argparse.ArgumentParser, words: list[str] | None = None) -> 
         parser.error(str(error))
     if kind not in KINDS:
         parser.error(f"{asked.device}: llama-bench's options are known here for cpu and cuda alone")
+    for name in ("prompt_tokens", "decode_tokens", "threads", "rounds"):
+        if getattr(asked, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(asked, name)}, the least is 1")
     for model in asked.models:
         if not is_gguf(model) and not (model / "genai_config.json").is_file():
             parser.error(f"{model} is neither a .gguf file nor a folder with genai_config.json")

@@ -27,6 +27,8 @@ LIBRARIES = (
     "onnx",
     "numpy",
     "bitsandbytes",
+    "torchao",
+    "accelerate",
     "nvidia-ml-py",
 )
 ISA_FLAGS = (

@@ -204,7 +204,8 @@ class GraphSession(PyTorchSession):
         if not self._started:
             return None
         self._go_back(keep)
-        return np.asarray(self._forward([tokens], keep=0)[0])
+        # one token is a step, replayed as in decoding: energy is counted over turns that begin so
+        return np.asarray(self._forward([tokens], keep=1 if len(tokens) == 1 else 0)[0])
 
     def _go_back(self, keep: int) -> None:
         """Forget all but `keep` tokens. Buffers stay as they are, unless what they hold is no

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shortstack.errors import ShortstackError, one_line, require
-from shortstack.pretrained import load
+from shortstack.pretrained import load, of_decoder
 
 PLAIN = "none"
 EXTRA = "quantize"
@@ -115,12 +115,13 @@ def _facts(model: Any, word: str) -> dict[str, Any]:
 
 def weight_bytes(model: Any) -> tuple[int, int]:
     """Bytes that all weights take where they are, scales included, and those that a token reads:
-    without a table of embeddings that is not the head's, too."""
+    without a table of embeddings that is not the head's, too, and without towers for images."""
     own = {id(weight): stored_bytes(weight) for weight in model.parameters()}
+    text = {id(weight): own[id(weight)] for n, weight in model.named_parameters() if of_decoder(n)}
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is table.weight
-    total = sum(own.values())
-    return total, total if tied else total - own[id(table.weight)]
+    read = sum(text.values())
+    return sum(own.values()), read if tied else read - own[id(table.weight)]
 
 
 def stored_bytes(weight: Any) -> int:

@@ -102,7 +102,7 @@ def load(
 
 def _check_loaded(path: Path, facts: dict[str, Any]) -> None:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        wrong = sorted(filter(_of_decoder, map(str, facts[kind])))
+        wrong = sorted(filter(of_decoder, map(str, facts[kind])))
         if wrong:
             raise ShortstackError(
                 f"{path}: tensor {wrong[0]} is {kind.split('_')[0]} ({len(wrong)} such): "
@@ -110,7 +110,7 @@ def _check_loaded(path: Path, facts: dict[str, Any]) -> None:
             )
 
 
-def _of_decoder(name: str) -> bool:
+def of_decoder(name: str) -> bool:
     """Not of a tower that text does not pass; transformers 5 renamed the tensors of one."""
     towers = {tower for family in FAMILIES.values() for tower in family.others}
     return not any(tower in name for tower in towers)

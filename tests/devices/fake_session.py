@@ -173,6 +173,14 @@ class Thrower(KnownSession):
         raise RuntimeError("kernel says no")
 
 
+class Quantizer(KnownSession):
+    """Made its weights smaller while it loaded them."""
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return {**super().info, "weight_bytes": 700, "weight_bytes_per_token": 600}
+
+
 def _after(token: int) -> NDArray[np.float32]:
     logits = np.zeros(VOCAB, dtype=np.float32)
     logits[(token + 1) % VOCAB] = 1
@@ -202,6 +210,7 @@ def open_session(path: Path, runtime: str, *, threads: int, **_: object) -> Sess
         "rows": lambda: Rows(threads, 0.2, 0.0),
         "settler": lambda: Settler(threads),
         "wanderer": lambda: Wanderer(threads),
+        "quantizer": lambda: Quantizer(threads),
         "hoarder": lambda: Hoarder(threads, path),
         "crasher": lambda: Crasher(threads),
         "late crasher": lambda: LateCrasher(threads),

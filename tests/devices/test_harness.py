@@ -9,6 +9,7 @@ import pytest
 
 from shortstack.artifact import Artifact, ExportSpec
 from shortstack.devices.harness import measure, without_folders
+from shortstack.devices.journal import Journal
 from shortstack.devices.protocol import Protocol
 from shortstack.devices.schedule import Case, schedule
 from shortstack.devices.workload import Prompt, Workload
@@ -39,6 +40,21 @@ def test_a_trial_numbers_cards_as_the_list_of_devices_does(
         [make_case("instant")], workload, prompt, protocol=Protocol(opener=opener)
     )
     assert measured.runtime_info["order"] == "PCI_BUS_ID"
+
+
+def test_bytes_that_a_session_found_replace_the_estimate(
+    opener: str, make_case: MakeCase, workload: Workload, prompt: Prompt, tmp_path: Path
+) -> None:
+    cases = [make_case("quantizer"), make_case("instant", "pruned")]
+    for _ in range(2):  # run, then read from the journal alone
+        journal = Journal(tmp_path / "trials.jsonl")
+        found, plain = measure(
+            cases, workload, prompt, protocol=Protocol(opener=opener), journal=journal
+        )
+        assert found.artifact.size_bytes == 700
+        assert found.artifact.weight_bytes_per_token == 600
+        assert found.artifact.sha256 == cases[0].artifact.sha256
+        assert plain.artifact == cases[1].artifact
 
 
 def test_progress_counts_every_trial(

@@ -119,6 +119,10 @@ def test_one_file_under_two_labels_stands_in_one_row(load: Load) -> None:
             lambda m: m["workload"].update(warmup_decode_tokens=0),
             "other workload (warmup_decode_tokens 0 against 8)",
         ),
+        (
+            lambda m: (m["workload"].update(warmup_prompt_tokens=16), m.update(device="cpu")),
+            "other workload (warm-up prompt 16 tokens against 128)",
+        ),
         (lambda m: m["protocol"].update(decoding="sampled"), "other protocol (decoding)"),
         (lambda m: m["protocol"].update(steady=True), "other protocol (steady)"),
         (
@@ -144,6 +148,8 @@ def test_an_unlike_cell_says_why(load: Load, change: Callable[[Json], Any], word
         lambda m: m["workload"].update(repeats=12, threads=48),
         lambda m: m["runtime_info"].update(version="1.99"),
         lambda m: m.update(prompt_source="called otherwise"),
+        lambda m: m["workload"].update(warmup_prompt_tokens=4096),
+        lambda m: m["workload"].update(warmup_prompt_tokens=16),  # of a card, against a CPU
     ],
 )
 def test_what_moves_no_median_is_no_difference(load: Load, change: Callable[[Json], Any]) -> None:

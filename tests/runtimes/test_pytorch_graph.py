@@ -80,6 +80,21 @@ def test_a_sequence_goes_back_and_on(tiny: Path) -> None:
     np.testing.assert_allclose(last, expected[6], atol=ROUNDING)
 
 
+def test_going_back_by_one_token_is_a_step_like_any_other(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Energy is counted over turns that begin so: none of their tokens may be run without the
+    graph."""
+    with plain(tiny) as one, stepped(tiny) as other:
+        expected = one.prefill(ROWS[0, :5].tolist())
+        other.prefill(ROWS[0, :5].tolist())
+        monkeypatch.setattr(PyTorchSession, "_forward", lambda *_: pytest.fail("ran eagerly"))
+        rows = other.resume(4, [int(ROWS[0, 4])])
+    assert rows is not None
+    assert rows.shape == (1, other.vocab_size)
+    np.testing.assert_allclose(rows[0], expected, atol=ROUNDING)
+
+
 def test_what_is_no_number_does_not_outlive_its_sequence(tiny: Path) -> None:
     prompt = ROWS[0].tolist()
     with stepped(tiny) as session:

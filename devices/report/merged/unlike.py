@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from shortstack.devices.record_fields import MeasurementRecord
+from shortstack.devices.record_fields import MeasurementRecord, WorkloadRecord
 from shortstack.devices.report.merged.cases import Case
 
 WORK = (
     *("prompt_tokens", "decode_tokens", "depth_tokens", "batch"),
-    *("warmup_prompt_tokens", "warmup_decode_tokens"),
+    "warmup_decode_tokens",
 )
 """What a trial does. How often it is repeated widens an interval and moves no median."""
 CIRCUMSTANCES = ("seed", "timeout_s")
@@ -33,6 +33,9 @@ def why_unlike(case: Case, other: Case, *, artifact: bool = True) -> list[str]:
         for name in WORK
         if (mine := getattr(a.workload, name)) != (theirs := getattr(b.workload, name))
     ]
+    mine, theirs = warmed_up(a.workload), warmed_up(b.workload)
+    if mine != theirs and (a.device == "cpu") == (b.device == "cpu"):
+        found.append(_said("workload", f"warm-up prompt {mine} tokens", f"{theirs}"))
     same_place = case.place == other.place
     if same_place and a.workload.threads != b.workload.threads:
         found.append(_said("workload", f"threads {a.workload.threads}", f"{b.workload.threads}"))
@@ -45,6 +48,12 @@ def why_unlike(case: Case, other: Case, *, artifact: bool = True) -> list[str]:
     elif (mine := runtime_major(a)) != (theirs := runtime_major(b)):
         found.append(_said("runtime major", mine, theirs))
     return found
+
+
+def warmed_up(workload: WorkloadRecord) -> int:
+    """Tokens of the warm-up's prompt: at most those there are. On CPUs fewer of a long prompt than
+    on cards, where kernels are chosen by shape."""
+    return min(workload.warmup_prompt_tokens, workload.depth_tokens + workload.prompt_tokens)
 
 
 def not_comparable(reasons: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -37,6 +38,26 @@ def benchable(reference: str, dtype: str = "float32", quantize: str = "none") ->
             "name its folder."
         )
     place = Path(target)
+    return _multiplied(_found(place, reference, dtype, quantize))
+
+
+def _multiplied(artifact: Artifact) -> Artifact:
+    """Exports of older versions do not say what they multiply: their files do."""
+    if artifact.matmul_params is not None or artifact.format == CHECKPOINT:
+        return artifact
+    if artifact.format == "gguf":
+        found = of_gguf(read_header(artifact.path))
+    else:
+        require(("onnx_ir",), "onnx", "reading an ONNX graph")
+        from shortstack.export.onnx_graph import multiplied_params
+
+        found = multiplied_params(artifact.path / "model.onnx")
+    return dataclasses.replace(
+        artifact, matmul_params=found.matmul_params, head_params=found.head_params
+    )
+
+
+def _found(place: Path, reference: str, dtype: str, quantize: str) -> Artifact:
     if place.is_file():
         beside = (read_manifest(place.parent) or {}).get("artifact")
         ours = isinstance(beside, dict) and beside.get("path") == place.name
@@ -86,10 +107,10 @@ def _checkpoint(place: Path, dtype: str, quantize: str) -> Artifact:
     """A folder is read into memory as `dtype`, so that is what a token reads. Quantized, its bytes
     are an estimate, until a session has loaded it (devices/harness.py)."""
     checkpoint = Checkpoint.open(place)
-    read = checkpoint.n_params
+    own = _decoder_shapes(checkpoint)
     if not checkpoint.tied:
-        tables = [t for name, t in checkpoint.tensors.items() if name.endswith(EMBEDDING)]
-        read -= sum(math.prod(table.shape) for table in tables)
+        own = {name: shape for name, shape in own.items() if not name.endswith(EMBEDDING)}
+    read = sum(map(math.prod, own.values()))
     multiplied = of_checkpoint(checkpoint)
     width, saved = DTYPE_BYTES[dtype], 0
     if quantize != "none":
@@ -108,9 +129,16 @@ def _checkpoint(place: Path, dtype: str, quantize: str) -> Artifact:
     )
 
 
+def _decoder_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Tensors that a token of text may read: not those of a vision tower."""
+    towers = checkpoint.family.others or ("\0",)
+    tensors = checkpoint.tensors.items()
+    return {name: t.shape for name, t in tensors if not name.startswith(towers)}
+
+
 def _linear_params(checkpoint: Checkpoint) -> int:
     """Weights of the layers' matrices: what `quantize` reaches. Not the head's."""
-    shapes = [t.shape for name, t in checkpoint.tensors.items() if ".layers." in name]
+    shapes = [shape for name, shape in _decoder_shapes(checkpoint).items() if ".layers." in name]
     return sum(math.prod(shape) for shape in shapes if len(shape) == 2)
 
 

@@ -209,6 +209,10 @@ def _check_options(cases: Sequence[Case], options: Mapping[str, str]) -> None:
     runtimes = list(dict.fromkeys(case.runtime for case in cases))
     offered = {name for r in runtimes for name in capabilities.CAPABILITIES[r].options}
     for name in options:
+        if not offered:
+            raise ShortstackError(
+                f"{', '.join(runtimes)} has no options, {name!r} is given. Leave it out."
+            )
         if name not in offered:
             raise unknown(f"option of {', '.join(runtimes)}", name, offered)
 

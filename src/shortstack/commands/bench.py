@@ -245,7 +245,7 @@ def _forecast(plan: Plan) -> dict[str, Any]:
                 "runtime": case.runtime,
                 "prompt_tokens": case.workload.prompt_tokens,
                 "context_tokens": case.workload.context_tokens,
-                "weight_bytes": case.artifact.size_bytes,
+                "weight_bytes": fit.weight_bytes(case.artifact.to_dict()),
             }
             for case in plan.cases
             if case.workload is not None

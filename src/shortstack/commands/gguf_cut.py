@@ -75,11 +75,16 @@ def check_file(file: Path) -> None:
 
 def run_here(request: dict[str, Any]) -> dict[str, Any]:
     """Load a file as a map, decode token 0, look at its logits. Runs in a child."""
+    import ctypes
+
     from shortstack.libllama import last_words, libllama
+    from shortstack.llama_devices import list_of
 
     lib = libllama()
     settings = lib.llama_model_default_params()
     settings.n_gpu_layers = 0
+    nowhere_else = list_of()
+    settings.devices = ctypes.cast(nowhere_else, ctypes.c_void_p)
     settings.use_extra_bufts = False  # repacked weights would be a copy of the file in memory
     model = lib.llama_model_load_from_file(request["file"].encode(), settings)
     if not model:
@@ -89,6 +94,7 @@ def run_here(request: dict[str, Any]) -> dict[str, Any]:
         )
     settings = lib.llama_context_default_params()
     settings.n_ctx = settings.n_batch = settings.n_ubatch = CHECK_TOKENS
+    settings.op_offload = settings.offload_kqv = False
     context = lib.llama_init_from_model(model, settings)
     batch = lib.llama_batch_get_one((lib.llama_token * 1)(0), 1)
     code = lib.llama_decode(context, batch) if context else -1

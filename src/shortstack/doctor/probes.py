@@ -181,15 +181,16 @@ def _llama_logits(path: Path, options: Mapping[str, Any], device: int | None = N
     params = lib.llama_model_default_params()
     for key, value in options.items():
         setattr(params, key, value)
-    if device is not None:
-        alone = list_of(device)
-        params.devices = ctypes.cast(alone, ctypes.c_void_p)
+    # without a list a build for cards takes theirs, for the CPU's logits, too
+    alone = list_of() if device is None else list_of(device)
+    params.devices = ctypes.cast(alone, ctypes.c_void_p)
     model = lib.llama_model_load_from_file(str(path).encode(), params)
     if not model:
         raise ShortstackError(f"llama.cpp cannot open a tiny model: {last_words()}")
     settings = lib.llama_context_default_params()
     settings.n_ctx = settings.n_batch = 2 * BATCH
     settings.n_threads = settings.n_threads_batch = 1
+    settings.op_offload = settings.offload_kqv = device is not None
     context = lib.llama_init_from_model(model, settings)
     tokens = (ctypes.c_int32 * BATCH)(*range(BATCH))
     code = lib.llama_decode(context, lib.llama_batch_get_one(tokens, BATCH))
