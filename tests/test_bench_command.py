@@ -208,6 +208,17 @@ def test_bad_options_give_one_line_and_leave_nothing(
     assert not out.exists()
 
 
+def test_an_option_where_no_runtime_has_one_says_so(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "onnx"
+    folder.mkdir()
+    exporter("onnx").export(Checkpoint.open(tiny), ExportSpec.parse("onnx:fp32"), folder)
+    command = ["bench", str(folder), "-o", str(tmp_path / "out"), *SMALL]
+    said = fails([*command, "--option", "dtype=float16"], capsys)
+    assert "no options, 'dtype' is given. Leave it out." in said
+
+
 def test_a_word_that_no_runtime_takes_is_refused_for_a_checkpoint_too(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from shortstack.checkpoint import Checkpoint
 from shortstack.export import exporter
 from shortstack.export.onnx_graph import multiplied_params
 from shortstack.gguf_header import read_header
+from shortstack.manifest import write_manifest
 from shortstack.multiplied import Multiplied, of_checkpoint, of_gguf
 
 
@@ -53,6 +54,19 @@ def test_an_older_artifact_does_not_know(tiny: Path) -> None:
     for name in ("matmul_params", "head_params"):
         del data[name]
     assert counted(Artifact.from_dict(data, tiny.parent)) == (None, None)
+
+
+@pytest.mark.parametrize("spec", ["gguf:F16", "onnx:fp32"])
+def test_an_export_of_an_older_version_is_counted_from_its_file(
+    spec: str, tiny: Path, tmp_path: Path
+) -> None:
+    parsed = ExportSpec.parse(spec)
+    made = exporter(parsed.format).export(Checkpoint.open(tiny), parsed, tmp_path)
+    told = made.to_dict(tmp_path)
+    for name in ("matmul_params", "head_params"):
+        del told[name]
+    write_manifest(tmp_path, "export", "key", {"artifact": told})
+    assert counted(benchable(str(tmp_path))) == counted(made)
 
 
 def test_of_experts_those_in_use_count_and_an_untied_table_does_not(tmp_path: Path) -> None:
