@@ -48,8 +48,8 @@ CAPABILITIES: Mapping[str, Capability] = {
         },
     ),
 }
-"""onnxruntime and pytorch ran on an H100 (tests/runtimes/test_*_card.py); llama.cpp and genai have
-not run on a card yet."""
+"""onnxruntime and pytorch ran on an H100 (tests/runtimes/test_*_card.py run there); llama.cpp and
+genai have not run on a card yet."""
 
 
 COMPUTES_IN = {"bnb-int8": "float16", "torchao-int4": "bfloat16"}
