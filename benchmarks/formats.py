@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -196,13 +195,9 @@ def bench(asked: argparse.Namespace) -> None:
         if whole(done) or time.monotonic() > ends:
             continue
         began = time.monotonic()
-        log = asked.out / f"{campaign.name}.log"
-        with log.open("ab") as file:
-            words = [sys.executable, "-m", "shortstack", *campaign.words(asked)]
-            code = subprocess.run(words, stdout=file, stderr=file, env=os.environ).returncode
+        words = [sys.executable, "-m", "shortstack", *campaign.words(asked)]
+        code = subprocess.run(words).returncode  # it prints its own table
         print(f"{campaign.name}: exit {code}, {time.monotonic() - began:.0f} s", flush=True)
-        if done.is_file():
-            print(brief(json.loads(done.read_text(encoding="utf-8"))), flush=True)
 
 
 def whole(file: Path) -> bool:
@@ -211,23 +206,6 @@ def whole(file: Path) -> bool:
         return False
     record = json.loads(file.read_text(encoding="utf-8"))
     return all(one["failure"] is None for one in record["measurements"])
-
-
-def brief(record: dict[str, object]) -> str:
-    """Medians, to follow a lane by; the tables are those of `shortstack report`."""
-    from statistics import median
-
-    lines = []
-    for one in record["measurements"]:  # type: ignore[attr-defined]
-        steps = [s for trial in one["trials"] for s in trial["decode_step_s"]]
-        if not steps:
-            lines.append(f"  {one['label']}: {one['failure']}")
-            continue
-        prefill = median(trial["prefill_s"] for trial in one["trials"])
-        lines.append(
-            f"  {one['label']}: step {1e3 * median(steps):.2f} ms, prefill {prefill:.4f} s"
-        )
-    return "\n".join(lines)
 
 
 def main() -> None:

@@ -9,7 +9,9 @@ model=$1 scratch=$2 out=$3 card=${4:-0} llama_bench=${5:-}
 device=cuda:$card
 mkdir -p "$scratch" "$out"
 
-python3 -m pytest -q tests/devices/test_real_card.py tests/runtimes/test_pytorch_card.py \
+# torchao 0.18, where it is installed, warns while Python compiles and transformers imports it
+python3 -m pytest -q -W "ignore:invalid escape sequence" -W 'ignore:`torch.jit:DeprecationWarning' \
+  tests/devices/test_real_card.py tests/runtimes/test_pytorch_card.py \
   tests/runtimes/test_ort_card.py tests/devices/test_roofline_ceilings.py 2>&1 | tee "$out/tests.txt"
 python3 -m shortstack doctor >"$out/doctor.txt" 2>&1
 

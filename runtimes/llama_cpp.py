@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from shortstack.errors import ShortstackError
 from shortstack.libllama import clear_log, has_amx, last_words, libllama, log, system_info
-from shortstack.llama_devices import handles, list_of, named
+from shortstack.llama_devices import handles, named, use_only
 from shortstack.runtimes.capabilities import device_kind
 
 BATCH = 512
@@ -102,17 +102,17 @@ class LlamaCppSession:
             raise ShortstackError(f"{path} is not a file. Name a .gguf file.")
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = self._gpu_layers()
-        alone = list_of()  # left alone, a build for cards takes their memory for the host's part
+        pointers: list[int] = []
         if self._choice.offloads:
             name, pointer = self._device()
             self._backend = name.rstrip("0123456789")
-            alone = list_of(pointer)
-        params.devices = ctypes.cast(alone, ctypes.c_void_p)
-        if self._choice.offloads:
+            pointers = [pointer]
             params.split_mode = self._lib.LLAMA_SPLIT_MODE_NONE
             params.main_gpu = 0  # of that list
+        kept = use_only(params, *pointers)
         params.use_extra_bufts = not self._amx_avoided
         model = self._lib.llama_model_load_from_file(str(path).encode(), params)
+        del kept
         if not model:
             raise ShortstackError(
                 f"llama.cpp cannot open {path}: {last_words()}. Export it again, or see which "

@@ -103,23 +103,12 @@ class GraphSession(PyTorchSession):
         self,
         path: Path,
         *,
-        threads: int,
         context_tokens: int,
-        device: str = "cpu",
         batch: int = 1,
-        dtype: str = "float32",
-        quantize: str = "none",
         capture: bool = True,
+        **more: Any,
     ) -> None:
-        super().__init__(
-            path,
-            threads=threads,
-            context_tokens=context_tokens,
-            device=device,
-            batch=batch,
-            dtype=dtype,
-            quantize=quantize,
-        )
+        super().__init__(path, context_tokens=context_tokens, batch=batch, **more)
         slots = -(-context_tokens // ALIGNMENT) * ALIGNMENT
         _check_model(self._model, context_tokens)
         self._batch = batch

@@ -24,4 +24,7 @@ def test_there_is_one_cxx_runtime_for_all_libraries() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SEEN_BY_ALL], capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == ["False", "True"]
+    before, after = done.stdout.split()
+    if before == "True":
+        pytest.skip("this Python shares its C++ runtime anyway")
+    assert after == "True"

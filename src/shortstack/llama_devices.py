@@ -70,9 +70,13 @@ def named(device: str) -> tuple[str, int] | None:
     return next(found, None)
 
 
-def list_of(*pointers: int) -> Any:
-    """What `llama_model_params.devices` takes; keep it until the model is loaded."""
-    return (ctypes.c_void_p * (len(pointers) + 1))(*pointers, None)  # ends with a null
+def use_only(params: Any, *pointers: int) -> Any:
+    """Set `llama_model_params.devices`: these, and none but the CPU where no pointer is given; left
+    alone a build for cards takes theirs, for the CPU's part, too. Keep what this returns until the
+    model is loaded."""
+    chosen = (ctypes.c_void_p * (len(pointers) + 1))(*pointers, None)  # ends with a null
+    params.devices = ctypes.cast(chosen, ctypes.c_void_p)
+    return chosen
 
 
 def device_id(llama_name: str) -> str:

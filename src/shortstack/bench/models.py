@@ -28,8 +28,8 @@ def benchable(reference: str, dtype: str = "float32", quantize: str = "none") ->
     """Find out what a reference names: folder, .gguf file, or `pkg:PACKAGE/PATH`.
 
     `dtype`: what a Hugging Face folder is computed in, `quantize`: what its linear layers become
-    (both of pytorch). Raises ShortstackError where there is no
-    model, and for an artifact of ours that was changed.
+    (both of pytorch). Raises ShortstackError where there is no model, and for an artifact of ours
+    that was changed.
     """
     kind, target = resolve(reference)
     if kind == "hub":
@@ -42,7 +42,7 @@ def benchable(reference: str, dtype: str = "float32", quantize: str = "none") ->
 
 
 def _multiplied(artifact: Artifact) -> Artifact:
-    """Exports of older versions do not say what they multiply: their files do."""
+    """Files of other tools and of older versions do not say what they multiply: it is counted."""
     if artifact.matmul_params is not None or artifact.format == CHECKPOINT:
         return artifact
     if artifact.format == "gguf":
@@ -114,7 +114,7 @@ def _checkpoint(place: Path, dtype: str, quantize: str) -> Artifact:
     multiplied = of_checkpoint(checkpoint)
     width, saved = DTYPE_BYTES[dtype], 0
     if quantize != "none":
-        saved = round((width - QUANTIZED_BYTES[quantize]) * _linear_params(checkpoint))
+        saved = round((width - QUANTIZED_BYTES[quantize]) * (multiplied.matmul_params or 0))
     return Artifact(
         path=place,
         spec=ExportSpec(CHECKPOINT, dtype if quantize == "none" else quantize),
@@ -131,22 +131,14 @@ def _checkpoint(place: Path, dtype: str, quantize: str) -> Artifact:
 
 def _decoder_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Tensors that a token of text may read: not those of a vision tower."""
-    towers = checkpoint.family.others or ("\0",)
-    tensors = checkpoint.tensors.items()
+    tensors, towers = checkpoint.tensors.items(), checkpoint.family.others
     return {name: t.shape for name, t in tensors if not name.startswith(towers)}
-
-
-def _linear_params(checkpoint: Checkpoint) -> int:
-    """Weights of the layers' matrices: what `quantize` reaches. Not the head's."""
-    shapes = [shape for name, shape in _decoder_shapes(checkpoint).items() if ".layers." in name]
-    return sum(math.prod(shape) for shape in shapes if len(shape) == 2)
 
 
 def _gguf(file: Path) -> Artifact:
     header = read_header(file)
     arch = header.text("general.architecture")
     sha256 = hash_digests([(file.name, hash_file(file))])
-    multiplied = of_gguf(header)
     return Artifact(
         path=file,
         spec=ExportSpec("gguf", _precision(header)),
@@ -157,8 +149,6 @@ def _gguf(file: Path) -> Artifact:
         sha256=sha256,
         source_sha256=sha256,
         notes=(FOREIGN,),
-        matmul_params=multiplied.matmul_params,
-        head_params=multiplied.head_params,
     )
 
 
@@ -191,13 +181,12 @@ def _onnx(place: Path) -> Artifact:
     """A graph of another tool; what it is quantized to shows in its operators."""
     require(("onnx_ir",), "onnx", "reading an ONNX graph")
     from shortstack.bench.onnx_graph import graph_facts
-    from shortstack.export.onnx_graph import bytes_per_token, multiplied_params
+    from shortstack.export.onnx_graph import bytes_per_token
 
     model = place / "model.onnx"
     config = [name for name in ("genai_config.json",) if (place / name).is_file()]
     facts = graph_facts(model)
     files = [model.name, *facts.data_files]
-    multiplied = multiplied_params(model)
     return Artifact(
         path=place,
         spec=ExportSpec("onnx", facts.precision),
@@ -208,6 +197,4 @@ def _onnx(place: Path) -> Artifact:
         sha256=hash_files(place, [*files, *config]),
         source_sha256=hash_files(place, files),
         notes=(FOREIGN,),
-        matmul_params=multiplied.matmul_params,
-        head_params=multiplied.head_params,
     )

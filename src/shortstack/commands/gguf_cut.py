@@ -75,18 +75,16 @@ def check_file(file: Path) -> None:
 
 def run_here(request: dict[str, Any]) -> dict[str, Any]:
     """Load a file as a map, decode token 0, look at its logits. Runs in a child."""
-    import ctypes
-
     from shortstack.libllama import last_words, libllama
-    from shortstack.llama_devices import list_of
+    from shortstack.llama_devices import use_only
 
     lib = libllama()
     settings = lib.llama_model_default_params()
     settings.n_gpu_layers = 0
-    nowhere_else = list_of()
-    settings.devices = ctypes.cast(nowhere_else, ctypes.c_void_p)
+    kept = use_only(settings)
     settings.use_extra_bufts = False  # repacked weights would be a copy of the file in memory
     model = lib.llama_model_load_from_file(request["file"].encode(), settings)
+    del kept
     if not model:
         raise ShortstackError(
             f"llama.cpp cannot open the cut file: {last_words()}. Nothing was written. "

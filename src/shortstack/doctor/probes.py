@@ -175,16 +175,15 @@ def _llama_logits(path: Path, options: Mapping[str, Any], device: int | None = N
     import numpy as np
 
     from shortstack.libllama import last_words, libllama
-    from shortstack.llama_devices import list_of
+    from shortstack.llama_devices import use_only
 
     lib = libllama()
     params = lib.llama_model_default_params()
     for key, value in options.items():
         setattr(params, key, value)
-    # without a list a build for cards takes theirs, for the CPU's logits, too
-    alone = list_of() if device is None else list_of(device)
-    params.devices = ctypes.cast(alone, ctypes.c_void_p)
+    kept = use_only(params) if device is None else use_only(params, device)
     model = lib.llama_model_load_from_file(str(path).encode(), params)
+    del kept
     if not model:
         raise ShortstackError(f"llama.cpp cannot open a tiny model: {last_words()}")
     settings = lib.llama_context_default_params()
