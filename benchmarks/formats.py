@@ -9,7 +9,7 @@ and exports every depth as GGUF (into DISK) and ONNX (beside the checkpoints). S
 on the values of weights; these files answer nothing and are not certified, which their records say.
 `bench` runs campaigns of `shortstack bench`, the most wanted first; run again, it goes on with what
 is missing, and `--minutes` says when it stops starting more. Lanes may run side by side on cards of
-their own: `pytorch`, `gguf`, `onnx`.
+their own: `pytorch`, `gguf`, `onnx`; `--only graph-32-16-b1 onnx-32-16-b1` runs campaigns by name.
 """
 
 from __future__ import annotations
@@ -158,25 +158,42 @@ STAGES = ((0, 1, False), (0, 8, False), (1, 1, False), (0, 1, True), (1, 8, Fals
 """Pair of depths, batch, whether for energy: the most wanted first."""
 
 
-def campaigns(asked: argparse.Namespace) -> Iterator[Campaign]:
+def campaigns(asked: argparse.Namespace) -> list[Campaign]:
+    """Those of the lane, the most wanted first; or those that were named, in that order.
+
+    Raises SystemExit for a name that is none.
+    """
+    lanes = LANES if asked.lane is None else (asked.lane,)
+    made = [campaign for lane in lanes for campaign in of_lane(asked, lane)]
+    if asked.only is None:
+        return made
+    named = {campaign.name: campaign for campaign in made}
+    for name in asked.only:
+        if name not in named:
+            raise SystemExit(f"no campaign {name}. There are: {', '.join(named)}")
+    return [named[name] for name in asked.only]
+
+
+def of_lane(asked: argparse.Namespace, lane: str) -> Iterator[Campaign]:
     """The whole against its half first, then the depths between and below."""
     pairs = [tuple(asked.layers[at : at + 2]) for at in range(0, len(asked.layers), 2)]
     for place, batch, energy in STAGES:
         if place >= len(pairs):
             continue
         depths = "-".join(map(str, pairs[place]))
-        for name, models, options in kinds(asked, pairs[place], every=place == 0 and batch == 1):
+        every = place == 0 and batch == 1
+        for name, models, options in kinds(asked, lane, pairs[place], every=every):
             told = f"{name}-{depths}-b{batch}" + ("-energy" if energy else "")
             yield Campaign(told, models, options, batch, energy)
 
 
 def kinds(
-    asked: argparse.Namespace, pair: tuple[int, ...], *, every: bool
+    asked: argparse.Namespace, lane: str, pair: tuple[int, ...], *, every: bool
 ) -> Iterator[tuple[str, tuple[Path, ...], tuple[str, ...]]]:
     """(name, models, options) of what one lane runs at these depths."""
-    if asked.lane == "gguf":
+    if lane == "gguf":
         yield "gguf", tuple(gguf(asked.big, n, p) for p in GGUF for n in pair), ()
-    elif asked.lane == "onnx":
+    elif lane == "onnx":
         yield "onnx", tuple(onnx(asked.models, n, p) for p in ONNX for n in pair), ()
     else:
         models = tuple(checkpoint(asked.models, n) for n in pair)
@@ -219,6 +236,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--lane", choices=LANES)
+    parser.add_argument("--only", nargs="+", metavar="CAMPAIGN", help="these, in this order")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=512)
@@ -228,8 +246,8 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.work == "make":
         make(asked)
-    elif asked.out is None or asked.lane is None:
-        parser.error("bench wants --out and --lane")
+    elif asked.out is None or (asked.lane is None and asked.only is None):
+        parser.error("bench wants --out, and --lane or --only")
     else:
         bench(asked)
 
