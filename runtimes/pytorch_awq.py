@@ -48,7 +48,7 @@ class Kernels:
 
 @functools.cache
 def kernels() -> Kernels:
-    """autoawq's Triton functions, without `import awq`, which fails beside transformers 5.
+    """autoawq's Triton functions, without `import awq`, which wants all that autoawq depends on.
 
     Raises ShortstackError where autoawq or triton is missing or is another than we know.
     """

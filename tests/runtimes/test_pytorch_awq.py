@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def dequantized(parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> np.nd
     """Weights, shape (out, in)."""
     qweight, qzeros, scales = parts
     zeros, steps = (a.repeat(128, 0) for a in (unpacked(qzeros), scales.double().numpy()))
-    return ((unpacked(qweight) - zeros) * steps).T
+    return np.asarray(((unpacked(qweight) - zeros) * steps).T)
 
 
 @pytest.mark.parametrize("kind", ["centred", "positive", "negative", "zeros"])
@@ -55,21 +56,22 @@ def test_codes_say_every_weight_within_half_a_step(kind: str) -> None:
 
 def test_nibbles_lie_where_awq_wants_them() -> None:
     codes = torch.arange(8).reshape(1, 8)
-    assert pytorch_awq.packed(codes).item() & 0xFFFFFFFF == 0x75316420
+    assert int(pytorch_awq.packed(codes)) & 0xFFFFFFFF == 0x75316420
 
 
-def small(**more: int) -> torch.nn.Module:
+def small() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2} | more
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=512,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
             tie_word_embeddings=False,
-            **sizes,  # type: ignore[arg-type]  # numbers all
         )
     )
 

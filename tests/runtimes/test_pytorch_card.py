@@ -144,8 +144,7 @@ def test_awq_weights_compute_what_their_codes_say(
         whole = forced(session, PROMPT)
     with session_of(tmp_path / "rounded", dtype="float16") as session:
         expected = forced(session, PROMPT)
-    options = {"dtype": "float16", "quantize": "awq-int4", "cuda_graph": graph}
-    with session_of(tmp_path / "whole", **options) as session:
+    with awq_session_of(tmp_path / "whole", cuda_graph=graph) as session:
         found, info = forced(session, PROMPT), session.info
         # the route for many rows, for the prompt alone: steps of a graph are what was captured
         monkeypatch.setattr(pytorch_awq, "MANY_ROWS", len(PROMPT))
@@ -167,12 +166,15 @@ def test_loading_awq_gives_the_float16_weights_back_to_the_card(tmp_path: Path) 
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved(0)
-    options = {"dtype": "float16", "quantize": "awq-int4"}
-    with session_of(tmp_path, **options) as session:
+    with awq_session_of(tmp_path) as session:
         torch.cuda.empty_cache()  # of what the kernels' first products took
         taken = torch.cuda.memory_reserved(0) - before
         n_bytes = session.info["weight_bytes"]
     assert taken < n_bytes + 2**23  # segments of 2 and 20 MiB; float16 takes 34 MB more
+
+
+def awq_session_of(path: Path, cuda_graph: str = "off") -> PyTorchSession:
+    return session_of(path, dtype="float16", quantize="awq-int4", cuda_graph=cuda_graph)
 
 
 def _save_dequantized(source: Path, folder: Path) -> None:
