@@ -38,8 +38,10 @@ ONNX = {
     "int4": {"imatrix": "no", "head": "int4", "wide": "none", "activations": "float16"},
 }
 LANES = ("pytorch", "gguf", "onnx")
-WEIGHTS = ("bnb-int8", "bnb-nf4", "torchao-int4")
+WEIGHTS = ("bnb-int8", "bnb-nf4", "torchao-int4", "awq-int4")
 """Forms that people load a checkpoint in (docs/harness.md)."""
+WITHOUT_GRAPH = frozenset({"bnb-int8"})
+"""Those that no CUDA graph can hold (docs/pytorch.md); the others are measured with one, too."""
 
 
 def checkpoint(models: Path, layers: int) -> Path:
@@ -200,7 +202,10 @@ def kinds(
         yield "graph", models, ("dtype=float16", "cuda_graph=on")
         for weights in WEIGHTS if every else ():
             dtype = "bfloat16" if weights == "torchao-int4" else "float16"
-            yield weights, models, (f"dtype={dtype}", f"quantize={weights}")
+            options = (f"dtype={dtype}", f"quantize={weights}")
+            yield weights, models, options
+            if weights not in WITHOUT_GRAPH:
+                yield f"{weights}-graph", models, (*options, "cuda_graph=on")
         yield "eager", models, ("dtype=float16",)
 
 

@@ -26,9 +26,11 @@ QUANTIZED_BYTES: Mapping[str, float] = {
     "bnb-int8": 1.0,
     "bnb-nf4": 0.5 + 4 / 64,
     "torchao-int4": 0.5 + 4 / 128,
+    "awq-int4": 0.5 + 2.5 / 128,
 }
 """Bytes a weight of pytorch's `quantize`, scales included: a float32 for each 64 weights of NF4,
-scale and zero in bfloat16 for each 128 of torchao's; int8 has one scale a row."""
+scale and zero in bfloat16 for each 128 of torchao's, a float16 and 4 bits of AWQ's; int8 has one
+scale a row."""
 
 
 def kv_values_per_token(path: Path, fmt: str) -> int | None:

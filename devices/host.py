@@ -28,6 +28,8 @@ LIBRARIES = (
     "numpy",
     "bitsandbytes",
     "torchao",
+    "autoawq",
+    "triton",
     "accelerate",
     "nvidia-ml-py",
 )

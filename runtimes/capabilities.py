@@ -44,7 +44,7 @@ CAPABILITIES: Mapping[str, Capability] = {
         options={
             "dtype": ("float32", "bfloat16", "float16"),
             "cuda_graph": ("off", "on"),
-            "quantize": ("none", "bnb-int8", "bnb-nf4", "torchao-int4"),
+            "quantize": ("none", "bnb-int8", "bnb-nf4", "torchao-int4", "awq-int4"),
         },
     ),
 }
@@ -52,9 +52,11 @@ CAPABILITIES: Mapping[str, Capability] = {
 genai have not run on a card yet."""
 
 
-COMPUTES_IN = {"bnb-int8": "float16", "torchao-int4": "bfloat16"}
+COMPUTES_IN = {"bnb-int8": "float16", "torchao-int4": "bfloat16", "awq-int4": "float16"}
 """Weights of pytorch -> the only type of activations that their kernel takes. bitsandbytes casts
 others at every layer, and warns every time."""
+CUDA_ALONE = frozenset({"torchao-int4", "awq-int4"})
+"""Weights of pytorch whose kernel is for CUDA cards."""
 
 
 def device_kind(device: str) -> tuple[str, int]:
@@ -102,11 +104,11 @@ def check_together(runtime: str, device: str, options: Mapping[str, str]) -> Non
     if graph and word == "bnb-int8":
         raise ShortstackError(
             "cuda_graph=on does not go with quantize=bnb-int8: it looks for outliers on the host "
-            "at every step. Take bnb-nf4 or torchao-int4, or leave one of them out."
+            "at every step. Take bnb-nf4, torchao-int4 or awq-int4, or leave one of them out."
         )
-    if word == "torchao-int4" and kind != "cuda":
+    if word in CUDA_ALONE and kind != "cuda":
         raise ShortstackError(
-            f"quantize=torchao-int4 is for CUDA cards, {device} is asked for. Take bnb-int8 or "
+            f"quantize={word} is for CUDA cards, {device} is asked for. Take bnb-int8 or "
             "bnb-nf4."
         )
     needed = COMPUTES_IN.get(word, dtype)

@@ -2,6 +2,7 @@
 
 bitsandbytes: LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339) and NF4 (QLoRA, Dettmers et al.
 2023, arXiv 2305.14314). torchao: groups of 128 weights in 4 bits for PyTorch's own tinygemm kernel.
+AWQ's layout is made here, behind the load: `pytorch_awq`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from shortstack.pretrained import load, of_decoder
 
 PLAIN = "none"
 EXTRA = "quantize"
+AWQ = "awq-int4"
 GROUP = 128
 """Weights that share a scale in torchao's int4: its default."""
 
@@ -26,11 +28,13 @@ def load_quantized(path: Path, word: str, dtype: str, device: Any) -> tuple[Any,
     facts for a session's info, in bytes.
 
     Tensors go to the device one by one and are quantized there: no copy in `dtype` of the whole is
-    made. Raises ShortstackError where nothing was quantized or the libraries refuse,
+    made, but for awq-int4. Raises ShortstackError where nothing was quantized or the libraries refuse,
     MissingExtraError where they are missing.
     """
     import torch
 
+    if word == AWQ:
+        return _load_awq(path, device)
     package = "torchao" if word.startswith("torchao") else "bitsandbytes"
     require(("accelerate", package), EXTRA, f"quantize={word}")
     kind = getattr(torch, dtype)
@@ -38,6 +42,16 @@ def load_quantized(path: Path, word: str, dtype: str, device: Any) -> tuple[Any,
         config = _torchao() if package == "torchao" else _bitsandbytes(word, kind)
         model = load(path, kind, quantization=config, device=device)
     return model, _facts(model, word)
+
+
+def _load_awq(path: Path, device: Any) -> tuple[Any, dict[str, Any]]:
+    import torch
+
+    from shortstack.runtimes.pytorch_awq import INSTALL, load_awq
+
+    with _one_line_errors(AWQ, "autoawq's Triton kernel", INSTALL), _device(torch, device):
+        model = load_awq(path, device)
+    return model, _facts(model, AWQ)
 
 
 @contextlib.contextmanager
@@ -48,7 +62,9 @@ def _device(torch: Any, device: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_line_errors(word: str, package: str) -> Iterator[None]:
+def _one_line_errors(
+    word: str, package: str, install: str = f"pip install 'shortstack[{EXTRA}]'"
+) -> Iterator[None]:
     try:
         yield
     except (ImportError, RuntimeError, AssertionError) as error:
@@ -56,7 +72,7 @@ def _one_line_errors(word: str, package: str) -> Iterator[None]:
             raise
         raise ShortstackError(
             f"quantize={word} failed in {package} or below it: {one_line(str(error), 300)} "
-            f"Install what fits this PyTorch: pip install 'shortstack[{EXTRA}]'"
+            f"Install what fits this PyTorch: {install}"
         ) from None
 
 
@@ -97,8 +113,15 @@ def _torchao() -> Any:
 def _facts(model: Any, word: str) -> dict[str, Any]:
     import torch
 
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    kept = [name for name, module in linear.items() if not _is_quantized(module.weight)]
+    from shortstack.runtimes.pytorch_awq import AwqLinear
+
+    kinds = (torch.nn.Linear, AwqLinear)
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
+    kept = [
+        name
+        for name, module in linear.items()
+        if not isinstance(module, AwqLinear) and not _is_quantized(module.weight)
+    ]
     if len(kept) == len(linear):
         raise ShortstackError(
             f"quantize={word} turned none of {len(linear)} linear layers into fewer bits: their "

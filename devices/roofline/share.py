@@ -33,6 +33,7 @@ COMPUTED_IN = {
     ("cpu", "pytorch", "bnb-int8"): "int8",
     ("gpu", "pytorch", "bnb-int8"): "int8",
     ("gpu", "pytorch", "torchao-int4"): "bfloat16",
+    ("gpu", "pytorch", "awq-int4"): "float16",
 }
 """Device kind, runtime, weights -> the type that its matrix products multiply in. llama.cpp brings
 activations to 8 bits where weights are quantized, on CPUs and on cards; onnxruntime does on CPUs

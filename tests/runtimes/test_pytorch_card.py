@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tests.runtimes.test_pytorch_awq import dequantized, needed
 
 from shortstack.errors import ShortstackError
 from shortstack.runtimes import open_session
 from shortstack.runtimes.pytorch import PyTorchSession
+from shortstack.runtimes.pytorch_awq import quantized
 from shortstack.runtimes.pytorch_graph import GraphSession
 
 PROMPT = [1, 50, 60, 70, 300, 20, 19]
@@ -125,6 +128,65 @@ def test_quantized_weights_compute_on_the_card(
     alike = [np.corrcoef(a, b)[0, 1] for a, b in zip(found, whole, strict=True)]
     assert min(alike) > 0.9
     assert not np.array_equal(found, whole)
+
+
+@pytest.mark.parametrize("graph", ["off", "on"])
+def test_awq_weights_compute_what_their_codes_say(
+    tmp_path: Path, graph: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held against the plain session on float16 weights that the same codes were turned back to."""
+    from shortstack.runtimes import pytorch_awq
+
+    needed()
+    _save_wide(tmp_path / "whole")
+    _save_dequantized(tmp_path / "whole", tmp_path / "rounded")
+    with session_of(tmp_path / "whole", dtype="float16") as session:
+        whole = forced(session, PROMPT)
+    with session_of(tmp_path / "rounded", dtype="float16") as session:
+        expected = forced(session, PROMPT)
+    with awq_session_of(tmp_path / "whole", cuda_graph=graph) as session:
+        found, info = forced(session, PROMPT), session.info
+        # the route for many rows, for the prompt alone: steps of a graph are what was captured
+        monkeypatch.setattr(pytorch_awq, "MANY_ROWS", len(PROMPT))
+        many = session.prefill(PROMPT)
+    assert info["unquantized_layers"] == ["lm_head"]
+    assert info["quantized_layers"] == 7 * 2
+    assert info["weight_bytes_per_token"] < info["weight_bytes"]
+    np.testing.assert_allclose(found, expected, atol=ROUNDING["float16"])
+    np.testing.assert_allclose(many, expected[0], atol=ROUNDING["float16"])
+    assert not np.allclose(found, whole, atol=ROUNDING["float16"])  # it was quantized
+
+
+def test_loading_awq_gives_the_float16_weights_back_to_the_card(tmp_path: Path) -> None:
+    needed()
+    _save_wide(tmp_path)
+    one = torch.ones(2048, 2048, device="cuda:0").half()
+    (one @ one).sum().item()  # cuBLAS keeps a workspace from its first product on
+    del one
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(0)
+    with awq_session_of(tmp_path) as session:
+        torch.cuda.empty_cache()  # of what the kernels' first products took
+        taken = torch.cuda.memory_reserved(0) - before
+        n_bytes = session.info["weight_bytes"]
+    assert taken < n_bytes + 2**23  # segments of 2 and 20 MiB; float16 takes 34 MB more
+
+
+def awq_session_of(path: Path, cuda_graph: str = "off") -> PyTorchSession:
+    return session_of(path, dtype="float16", quantize="awq-int4", cuda_graph=cuda_graph)
+
+
+def _save_dequantized(source: Path, folder: Path) -> None:
+    """The model whose linear layers but the head are what AWQ's codes say, in float16."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(source, dtype=torch.float16)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            parts = quantized(module.weight.detach())
+            module.weight.data = torch.from_numpy(dequantized(parts)).half().contiguous()
+    model.save_pretrained(folder)
 
 
 def _save_wide(folder: Path) -> None:

@@ -71,6 +71,8 @@ def test_bytes_are_those_of_weights_and_scales(tiny: Path) -> None:
         ({"quantize": "bnb-int8"}, "cpu", "Add: --option dtype=float16"),
         ({"quantize": "torchao-int4", "dtype": "bfloat16"}, "cpu", "is for CUDA cards, cpu"),
         ({"quantize": "torchao-int4", "dtype": "float16"}, "cuda:0", "--option dtype=bfloat16"),
+        ({"quantize": "awq-int4", "dtype": "float16"}, "cpu", "awq-int4 is for CUDA cards, cpu"),
+        ({"quantize": "awq-int4"}, "cuda:0", "--option dtype=float16"),
         (
             {"quantize": "bnb-int8", "dtype": "float16", "cuda_graph": "on"},
             "cuda:0",
@@ -118,6 +120,7 @@ def test_a_plan_counts_the_bytes_that_quantizing_leaves(tiny: Path) -> None:
         ("bnb-nf4", "float16", "float16"),
         ("bnb-nf4", "bfloat16", "bfloat16"),
         ("torchao-int4", "bfloat16", "bfloat16"),
+        ("awq-int4", "float16", "float16"),
     ],
 )
 def test_products_are_in_the_type_of_the_kernel(
