@@ -75,7 +75,7 @@ def collect(records: Sequence[Record]) -> tuple[dict[Key, Row], dict[Key, float]
         known = rows.get(key)
         if known is None or len(known.case.measurement.trials) < len(case.measurement.trials):
             told = case.measurement.model_dump(by_alias=True)
-            both = shares(told, record.ceilings.get(case.measurement.device, {}))
+            both = shares(told, record.ceilings)
             decode, prefill = (one.share.estimate if one.share else None for one in both)
             rows[key] = Row(case, decode, prefill)
     return rows, joules
