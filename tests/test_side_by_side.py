@@ -28,7 +28,8 @@ words = sys.argv[1:]
 if "broken" in " ".join(words):
     sys.exit("error: failed to load model")
 rate = 100.0 if words[words.index("-n") + 1] == "0" else 10.0
-told = {{"model_filename": words[1], "avg_ts": rate, "samples_ts": [1.0, rate], "words": words[2:], "n_threads": 1}}
+told = {{"model_filename": words[1], "avg_ts": rate, "words": words[2:], "n_threads": 1}}
+told |= {{"samples_ts": [1.0, rate]}}
 told |= {{"n_batch": 512, "n_ubatch": 512, "type_k": "f16", "flash_attn": -1}}
 print(json.dumps([told]))
 """
