@@ -15,6 +15,7 @@ from shortstack.cli import bench as cli_bench
 from shortstack.cli import evaluate as cli_eval
 from shortstack.cli import heal as cli_heal
 from shortstack.cli import lm_eval as cli_lm_eval
+from shortstack.cli import packed as cli_packed
 from shortstack.cli import repair as cli_repair
 from shortstack.cli import report as cli_report
 from shortstack.cli import trim as cli_trim
@@ -141,7 +142,9 @@ def prune(
 @user_errors
 def export(
     model: Model,
-    to: Annotated[str, typer.Option(help="FORMAT:PRECISION, e.g. gguf:Q8_0 or onnx:int4.")],
+    to: Annotated[
+        str, typer.Option(help="FORMAT:PRECISION, e.g. gguf:Q8_0 or onnx:int4; or packed.")
+    ],
     out: Out,
     option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, e.g. head=Q6_K.")] = None,
     text: Text = "spdx",
@@ -197,6 +200,7 @@ app.command("eval")(cli_eval.evaluate)
 app.command()(cli_repair.repair)
 app.command()(cli_report.report)
 app.command()(cli_trim.trim)
+app.command()(cli_packed.unpack)
 app.command()(cli_heal.streamline)
 app.command("lm-eval", context_settings=cli_lm_eval.SETTINGS)(cli_lm_eval.lm_eval)
 

@@ -140,7 +140,7 @@ def prune_model(
                 pruned = prune.apply_plan(checkpoint, made, partial, progress=progress)
                 facts = steps.cut_facts(checkpoint, made, pruned)
                 kept = write_manifest(partial, "prune", key, facts)
-    return {"checkpoint": str(out), **_facts(kept)}
+    return {"checkpoint": str(out), **facts_of(kept)}
 
 
 def _fitting_plan(drop: str | None, plan_file: Path | None, checkpoint: Checkpoint) -> PrunePlan:
@@ -211,7 +211,7 @@ def export(
                 log_probs.unlink()
                 kept = write_manifest(partial, "export", key, facts)
                 display.note(in_words(facts["footprint"]))
-    return {"folder": str(out), **_facts(kept)}
+    return {"folder": str(out), **facts_of(kept)}
 
 
 def open_artifact(folder: Path) -> Artifact:
@@ -252,7 +252,7 @@ def report(run_folder: Path, out: Path) -> dict[str, Any]:
     return {"report": str(out / "report.html")}
 
 
-def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
+def facts_of(manifest: dict[str, Any]) -> dict[str, Any]:
     """What a user wants of a manifest; the rest is for us."""
     ours = ("tool", "version", "schema", "step", "key", "files")
     return {name: value for name, value in manifest.items() if name not in ours}

@@ -1,0 +1,162 @@
+"""Checkpoint -> one packed file: weights coded without loss (docs/packed.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from shortstack import families
+from shortstack.artifact import Artifact, ExportSpec
+from shortstack.checkpoint import Checkpoint, hash_digests, hash_file
+from shortstack.disk import require_space
+from shortstack.errors import ShortstackError, VerificationError, require, unknown
+from shortstack.footprint import PROCESS_BYTES
+from shortstack.multiplied import EMBEDDING, of_checkpoint
+from shortstack.packed.choose import CODER_WORDS, EFFORTS, tries
+from shortstack.packed.file import PackedFile, header_room, write_packed
+from shortstack.packed.header import CHUNK_BYTES
+from shortstack.packed.pack import Packing
+from shortstack.packed.pack import table as worth_table
+from shortstack.packed.read import plain_chunks
+from shortstack.packed.sources import sources
+from shortstack.progress import OnProgress, silent
+
+REVISION = 1
+PRECISIONS = ("lossless",)
+FILE = "model.packed.safetensors"
+WORTH = "worth.json"
+"""The table beside the file: what each tensor's coding saved, and why it was chosen."""
+
+OPTIONS: dict[str, tuple[str, ...]] = {"coder": tuple(CODER_WORDS), "effort": tuple(EFFORTS)}
+"""`coder`: what may be used (auto: Zstandard, and ANS where it saves much more); `effort` of
+Zstandard: fast (Huffman codes nearly alone), matching (also level 3), best (also level 19)."""
+
+
+def check(checkpoint: Checkpoint, spec: ExportSpec) -> None:
+    if spec.precision not in PRECISIONS:
+        raise unknown("precision of a packed file", spec.precision, PRECISIONS)
+    for option, value in spec.options:
+        if option not in OPTIONS:
+            raise unknown("option of the packed export", option, OPTIONS)
+        if value not in OPTIONS[option]:
+            raise unknown(f"value of {option}", value, OPTIONS[option])
+    if spec.option("coder", "auto") in ("auto", "zstd"):
+        require(("zstandard",), "pack", "Zstandard")
+
+
+def predict(checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, int]:
+    """An upper bound of the size, as nobody knows what can be saved before it is tried. On disk
+    the unpacked folder lies beside the file while it is proven."""
+    check(checkpoint, spec)
+    beside = sum(file.stat().st_size for file in checkpoint.tokenizer_files)
+    size = checkpoint.n_bytes + beside + header_room(checkpoint)
+    return {
+        "size_bytes": size,
+        "peak_ram_bytes": PROCESS_BYTES + 12 * CHUNK_BYTES,
+        "disk_bytes": 2 * size,
+    }
+
+
+def context_tokens(checkpoint: Checkpoint, spec: ExportSpec) -> int | None:
+    return families.context_tokens(checkpoint.config, windowed=True)
+
+
+def calibrates(checkpoint: Checkpoint, spec: ExportSpec) -> bool:
+    return False
+
+
+def export(
+    checkpoint: Checkpoint,
+    spec: ExportSpec,
+    out: Path,
+    *,
+    calibration: Sequence[Sequence[int]] = (),
+    progress: OnProgress = silent,
+) -> Artifact:
+    """Write `out`/model.packed.safetensors and `out`/worth.json.
+
+    Raises VerificationError, and leaves no file, unless it unpacks to every byte it was made of.
+    """
+    check(checkpoint, spec)
+    require_space(out, predict(checkpoint, spec)["disk_bytes"])
+    target = out / FILE
+    allowed = tries(spec.option("coder", "auto") or "", spec.option("effort", "matching") or "")
+    made = write_packed(checkpoint, target, allowed, progress)
+    unpack_s = _prove(checkpoint, target)
+    rows = worth_table(made)
+    (out / WORTH).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    multiplied = of_checkpoint(checkpoint)
+    return Artifact(
+        path=target,
+        spec=spec,
+        n_layers=checkpoint.n_layers,
+        n_params=checkpoint.n_params,
+        size_bytes=target.stat().st_size,
+        weight_bytes_per_token=_bytes_per_token(checkpoint),
+        sha256=hash_digests([(target.name, hash_file(target))]),
+        source_sha256=checkpoint.sha256,
+        notes=_notes(checkpoint, target, made, unpack_s),
+        matmul_params=multiplied.matmul_params,
+        head_params=multiplied.head_params,
+    )
+
+
+def _prove(checkpoint: Checkpoint, target: Path) -> float:
+    """Unpack everything in memory against the source, bit for bit; returns seconds of unpacking."""
+    packed, taken = PackedFile(target), 0.0
+    entries = {entry.blob: entry for entry in packed.contents.entries}
+    for source in sources(checkpoint):
+        place = source.kind if source.kind in ("file", "shard") else "tensor"
+        chunks = plain_chunks(packed, entries.pop(f"{place}:{source.name}"))
+        plain, original = hashlib.sha256(), hashlib.sha256()
+        at = 0
+        while True:
+            began = time.perf_counter()
+            chunk = next(chunks, None)
+            taken += time.perf_counter() - began
+            if chunk is None:
+                break
+            n_elements = chunk.size // source.itemsize
+            plain.update(chunk.data)
+            original.update(source.read(at, at + n_elements).data)
+            at += n_elements
+        if at != source.n_elements or plain.digest() != original.digest():
+            target.unlink()
+            raise VerificationError(
+                f"{target.name}: {source.name} does not unpack to what it was made of. "
+                "It is not kept; export with --option coder=none, and report this."
+            )
+    if entries:
+        raise ShortstackError(f"{target.name} holds {next(iter(entries))} that nobody packed.")
+    return taken
+
+
+def _bytes_per_token(checkpoint: Checkpoint) -> int:
+    """Of the weights as PyTorch loads them: all but an embedding that is only gathered from."""
+    tensors = checkpoint.tensors.items()
+    if checkpoint.tied:
+        return sum(info.n_bytes for _, info in tensors)
+    return sum(info.n_bytes for name, info in tensors if not name.endswith(EMBEDDING))
+
+
+def _notes(
+    checkpoint: Checkpoint, target: Path, made: Sequence[Packing], unpack_s: float
+) -> tuple[str, ...]:
+    size, plain = target.stat().st_size, checkpoint.n_bytes
+    kinds: dict[tuple[str, ...], int] = {}
+    for packing in made:
+        if packing.entry.is_tensor:
+            key = (packing.entry.kind, "+".join(packing.entry.coders))
+            kinds[key] = kinds.get(key, 0) + 1
+    spoken = ", ".join(f"{n} {' '.join(key)}" for key, n in sorted(kinds.items()))
+    bits = 8 * size / max(1, checkpoint.n_params)
+    return (
+        f"{plain / 1e6:,.1f} MB of weights in {size / 1e6:,.1f} MB: {plain / size:.3f} x, "
+        f"{bits:.2f} bits a weight",
+        f"unpacked in memory and compared bit for bit, {plain / 1e6 / max(unpack_s, 1e-9):,.0f} "
+        "MB/s",
+        f"tensors: {spoken}",
+    )
