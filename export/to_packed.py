@@ -22,14 +22,12 @@ from shortstack.packed.pack import Packing
 from shortstack.packed.pack import table as worth_table
 from shortstack.packed.read import plain_chunks
 from shortstack.packed.sources import sources
+from shortstack.packed.worth import WORTH
 from shortstack.progress import OnProgress, silent
 
 REVISION = 1
 PRECISIONS = ("lossless",)
 FILE = "model.packed.safetensors"
-WORTH = "worth.json"
-"""The table beside the file: what each tensor's coding saved, and why it was chosen."""
-
 OPTIONS: dict[str, tuple[str, ...]] = {"coder": tuple(CODER_WORDS), "effort": tuple(EFFORTS)}
 """`coder`: what may be used (auto: Zstandard, and ANS where it saves much more); `effort` of
 Zstandard: fast (Huffman codes nearly alone), matching (also level 3), best (also level 19)."""
@@ -76,7 +74,7 @@ def export(
     calibration: Sequence[Sequence[int]] = (),
     progress: OnProgress = silent,
 ) -> Artifact:
-    """Write `out`/model.packed.safetensors and `out`/worth.json.
+    """Write `out`/model.packed.safetensors, and beside it `worth.json`, a line a tensor.
 
     Raises VerificationError, and leaves no file, unless it unpacks to every byte it was made of.
     """

@@ -134,6 +134,38 @@ def print_facts(data: Mapping[str, Any], quiet: bool) -> None:
             console.print(f"{name}: {words}", markup=False)
 
 
+def print_export(data: Mapping[str, Any], quiet: bool) -> None:
+    """The facts of an export, what it is to be known for, and the table of a packed one."""
+    print_facts(data, quiet)
+    if quiet or not data.get("worth"):
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    heads = ("tensors", "kind", "entropy", "coded", "MB", "ratio", "in", "out", "why")
+    table = Table(*heads, box=None, pad_edge=False)
+    for row in data["worth"]:
+        speeds = [_speed(row[name]) for name in ("encode_mb_s", "decode_mb_s")]
+        table.add_row(
+            f"{row['n_tensors']} x {row['tensors'].removesuffix('.weight')}",
+            f"{row['kind']} {row['coders']}",
+            f"{row['entropy_bits']:.2f} b",
+            f"{row['coded_bits']:.2f} b",
+            f"{row['coded_bytes'] / 1e6:.1f}",
+            f"{row['ratio']:.2f} x",
+            *speeds,
+            row["reason"],
+        )
+    console = Console(highlight=False, width=160)  # a cut cell is worse than a wrapped line
+    console.print(table)
+    for note in data["artifact"]["notes"]:
+        console.print(note, markup=False)
+
+
+def _speed(mb_s: float | None) -> str:
+    return "" if mb_s is None else f"{mb_s:,.0f} MB/s"
+
+
 def _nested(value: Any) -> bool:
     """Facts within a fact, or a list of them, such as every step of a training."""
     first = value[0] if isinstance(value, list | tuple) and value else value

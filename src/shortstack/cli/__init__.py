@@ -171,7 +171,7 @@ def export(
         dry_run=dry_run,
         display=terminal.display(quiet or as_json),
     )
-    answer(result, as_json, lambda: terminal.print_facts(result, quiet))
+    answer(result, as_json, lambda: terminal.print_export(result, quiet))
 
 
 @app.command()

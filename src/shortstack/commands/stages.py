@@ -30,6 +30,7 @@ from shortstack.manifest import (
     write_manifest,
     write_text,
 )
+from shortstack.packed.worth import read_worth
 from shortstack.progress import Display
 from shortstack.prune.plan import PrunePlan, parse_removal, read_plan
 from shortstack.recipe import (
@@ -211,7 +212,8 @@ def export(
                 log_probs.unlink()
                 kept = write_manifest(partial, "export", key, facts)
                 display.note(in_words(facts["footprint"]))
-    return {"folder": str(out), **facts_of(kept)}
+    worth = read_worth(out)
+    return {"folder": str(out), **facts_of(kept), **({"worth": worth} if worth else {})}
 
 
 def open_artifact(folder: Path) -> Artifact:

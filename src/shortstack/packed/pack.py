@@ -39,6 +39,7 @@ class Packing:
             "coders": list(entry.coders),
             "entropy_bits": round(self.choice.entropy_bits, 4),
             "coded_bits": round(8 * entry.coded_bytes / max(1, entry.n_elements), 4),
+            "n_weights": entry.n_elements,
             "plain_bytes": plain,
             "coded_bytes": entry.coded_bytes,
             "encode_mb_s": round(plain / 1e6 / max(self.encode_s, 1e-9), 1),
