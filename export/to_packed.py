@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,37 +10,27 @@ from shortstack import families
 from shortstack.artifact import Artifact, ExportSpec
 from shortstack.checkpoint import Checkpoint, hash_digests, hash_file
 from shortstack.disk import require_space
-from shortstack.errors import ShortstackError, VerificationError, require, unknown
+from shortstack.errors import VerificationError, unknown
 from shortstack.footprint import PROCESS_BYTES
 from shortstack.multiplied import EMBEDDING, of_checkpoint
-from shortstack.packed.choose import CODER_WORDS, EFFORTS, tries
+from shortstack.packed.choose import options
 from shortstack.packed.file import PackedFile, header_room, write_packed
 from shortstack.packed.header import CHUNK_BYTES
 from shortstack.packed.pack import Packing
 from shortstack.packed.pack import table as worth_table
-from shortstack.packed.read import plain_chunks
-from shortstack.packed.sources import sources
+from shortstack.packed.prove import prove
 from shortstack.packed.worth import WORTH
 from shortstack.progress import OnProgress, silent
 
 REVISION = 1
 PRECISIONS = ("lossless",)
 FILE = "model.packed.safetensors"
-OPTIONS: dict[str, tuple[str, ...]] = {"coder": tuple(CODER_WORDS), "effort": tuple(EFFORTS)}
-"""`coder`: what may be used (auto: Zstandard, and ANS where it saves much more); `effort` of
-Zstandard: fast (Huffman codes nearly alone), matching (also level 3), best (also level 19)."""
 
 
 def check(checkpoint: Checkpoint, spec: ExportSpec) -> None:
     if spec.precision not in PRECISIONS:
         raise unknown("precision of a packed file", spec.precision, PRECISIONS)
-    for option, value in spec.options:
-        if option not in OPTIONS:
-            raise unknown("option of the packed export", option, OPTIONS)
-        if value not in OPTIONS[option]:
-            raise unknown(f"value of {option}", value, OPTIONS[option])
-    if spec.option("coder", "auto") in ("auto", "zstd"):
-        require(("zstandard",), "pack", "Zstandard")
+    options(dict(spec.options))
 
 
 def predict(checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, int]:
@@ -81,9 +69,12 @@ def export(
     check(checkpoint, spec)
     require_space(out, predict(checkpoint, spec)["disk_bytes"])
     target = out / FILE
-    allowed = tries(spec.option("coder", "auto") or "", spec.option("effort", "matching") or "")
-    made = write_packed(checkpoint, target, allowed, progress)
-    unpack_s = _prove(checkpoint, target)
+    made = write_packed(checkpoint, target, options(dict(spec.options)), progress)
+    try:
+        unpack_s = prove(PackedFile(target), checkpoint)
+    except VerificationError:
+        target.unlink()
+        raise
     rows = worth_table(made)
     (out / WORTH).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     multiplied = of_checkpoint(checkpoint)
@@ -100,36 +91,6 @@ def export(
         matmul_params=multiplied.matmul_params,
         head_params=multiplied.head_params,
     )
-
-
-def _prove(checkpoint: Checkpoint, target: Path) -> float:
-    """Unpack everything in memory against the source, bit for bit; returns seconds of unpacking."""
-    packed, taken = PackedFile(target), 0.0
-    entries = {entry.blob: entry for entry in packed.contents.entries}
-    for source in sources(checkpoint):
-        place = source.kind if source.kind in ("file", "shard") else "tensor"
-        chunks = plain_chunks(packed, entries.pop(f"{place}:{source.name}"))
-        plain, original = hashlib.sha256(), hashlib.sha256()
-        at = 0
-        while True:
-            began = time.perf_counter()
-            chunk = next(chunks, None)
-            taken += time.perf_counter() - began
-            if chunk is None:
-                break
-            n_elements = chunk.size // source.itemsize
-            plain.update(chunk.data)
-            original.update(source.read(at, at + n_elements).data)
-            at += n_elements
-        if at != source.n_elements or plain.digest() != original.digest():
-            target.unlink()
-            raise VerificationError(
-                f"{target.name}: {source.name} does not unpack to what it was made of. "
-                "It is not kept; export with --option coder=none, and report this."
-            )
-    if entries:
-        raise ShortstackError(f"{target.name} holds {next(iter(entries))} that nobody packed.")
-    return taken
 
 
 def _bytes_per_token(checkpoint: Checkpoint) -> int:

@@ -162,6 +162,23 @@ def print_export(data: Mapping[str, Any], quiet: bool) -> None:
         console.print(note, markup=False)
 
 
+def print_catalogue(data: Mapping[str, Any], quiet: bool) -> None:
+    """What each variant of a catalogue costs."""
+    print_facts(data, quiet)
+    if quiet:
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    for row in data["variants"]:
+        console.print(
+            f"{row['name']}: {row['coded_bytes'] / 1e6:,.1f} MB alone, "
+            f"{row['new_bytes'] / 1e6:,.1f} MB added ({row['n_shared']} of {row['n_tensors']} "
+            f"tensors shared); unpacked {row['plain_bytes'] / 1e6:,.1f} MB",
+            markup=False,
+        )
+
+
 def _speed(mb_s: float | None) -> str:
     return "" if mb_s is None else f"{mb_s:,.0f} MB/s"
 

@@ -26,6 +26,7 @@ from shortstack.cli.shared import (
     Out,
     QuietOption,
     Text,
+    Zst,
     answer,
     user_errors,
 )
@@ -150,6 +151,7 @@ def export(
     text: Text = "spdx",
     max_perplexity_ratio: Annotated[float, typer.Option(help="Gate of a quantized file.")] = 1.25,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
+    zst: Zst = False,
     dry_run: DryRun = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -169,6 +171,7 @@ def export(
         out,
         threads=threads or usable_cores(),
         dry_run=dry_run,
+        zst=zst,
         display=terminal.display(quiet or as_json),
     )
     answer(result, as_json, lambda: terminal.print_export(result, quiet))
@@ -201,6 +204,7 @@ app.command()(cli_repair.repair)
 app.command()(cli_report.report)
 app.command()(cli_trim.trim)
 app.command()(cli_packed.unpack)
+app.command()(cli_packed.catalogue)
 app.command()(cli_heal.streamline)
 app.command("lm-eval", context_settings=cli_lm_eval.SETTINGS)(cli_lm_eval.lm_eval)
 

@@ -85,12 +85,12 @@ def resolve(reference: str) -> tuple[str, str]:
         return "folder", str(path)
     if path.is_file() and path.suffix.lower() == ".gguf":
         return "gguf", str(path)
-    if path.is_file() and path.suffix.lower() == ".safetensors" and _is_packed(path):
+    if path.is_file() and _is_packed(path):
         return "packed", str(path)
     if path.is_file():
         raise ShortstackError(
-            f"{path} is neither a .gguf file, a packed file nor a model folder. "
-            "Name the folder that holds config.json, or a .gguf file."
+            f"{path} is neither a .gguf file nor a model folder. "
+            "Name the folder that holds config.json, a .gguf file, or a packed file."
         )
     is_file = path.suffix.lower() == ".gguf"
     if not is_file and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", reference):
@@ -131,6 +131,11 @@ def package_file(target: str) -> Path:
 
 
 def _is_packed(path: Path) -> bool:
+    """A packed file, or a variant of a catalogue (packed/catalogue.py)."""
+    if path.suffix == ".json":
+        return (path.parent / "catalogue.json").is_file() and path.name != "catalogue.json"
+    if path.suffix.lower() != ".safetensors":
+        return False
     from shortstack.packed.file import PackedFile
 
     return PackedFile.looks_like(path)

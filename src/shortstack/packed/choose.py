@@ -6,12 +6,13 @@ By sizes alone, never by the speeds that are shown: the same model is packed ali
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from shortstack.errors import require, unknown
 from shortstack.packed.coders import Bytes, coder
 from shortstack.packed.tensors import entropy_bits, split_floats
 
@@ -76,6 +77,25 @@ class Choice:
     @property
     def coded(self) -> bool:
         return any(coder != "none" for coder in self.coders)
+
+
+OPTIONS: dict[str, tuple[str, ...]] = {"coder": tuple(CODER_WORDS), "effort": tuple(EFFORTS)}
+"""`coder`: what may be used (auto: Zstandard, and ANS where it saves much more); `effort` of
+Zstandard: fast (Huffman codes nearly alone), matching (also level 3), best (also level 19)."""
+
+
+def options(given: Mapping[str, str]) -> Tries:
+    """What the options of the command line let us try. Raises ShortstackError for unknown ones, and
+    MissingExtraError where Zstandard is not installed."""
+    for option, value in given.items():
+        if option not in OPTIONS:
+            raise unknown("option of the packed export", option, OPTIONS)
+        if value not in OPTIONS[option]:
+            raise unknown(f"value of {option}", value, OPTIONS[option])
+    found = tries(given.get("coder", "auto"), given.get("effort", "matching"))
+    if any(name == "zstd" for name, _ in found):
+        require(("zstandard",), "pack", "Zstandard")
+    return found
 
 
 def tries(word: str, effort: str) -> Tries:

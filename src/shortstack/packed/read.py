@@ -95,9 +95,11 @@ def verify(packed: Packed) -> None:
 
 
 def open_packed(path: Path) -> Packed:
-    """A packed file. Raises ShortstackError for one that is none, or damaged."""
+    """A packed file, or NAME.json in a catalogue. Raises ShortstackError for one that is none, or
+    damaged."""
+    from shortstack.packed.catalogue import Variant
     from shortstack.packed.file import PackedFile
 
     if not path.is_file():
         raise ShortstackError(f"there is no packed file {path}. Check the path.")
-    return PackedFile(path)
+    return Variant(path) if path.suffix == ".json" else PackedFile(path)

@@ -33,6 +33,15 @@ class Source:
     codes: RowCodesFile | None = None
 
     @property
+    def is_tensor(self) -> bool:
+        return self.kind == "tensor"
+
+    @property
+    def blob(self) -> str:
+        """Name of the blob, as header.Entry has it."""
+        return f"{self.kind}:{self.name}"
+
+    @property
     def n_elements(self) -> int:
         return int(np.prod(self.shape, dtype=object))
 

@@ -22,7 +22,7 @@ def package() -> Any:
 
 
 @functools.cache
-def _compressor(effort: str) -> Any:
+def compressor(effort: str, *, checked: bool = False) -> Any:
     """Weights have no repeats to find: what pays is the entropy coder of the literals.
 
     `fast`: matches of 7 bytes or more, looked for through a table of 64 places, so that nearly
@@ -42,13 +42,14 @@ def _compressor(effort: str) -> Any:
             target_length=0,
             strategy=zstd.STRATEGY_FAST,
             write_content_size=True,
+            write_checksum=checked,
         )
         return zstd.ZstdCompressor(compression_params=parameters)
-    return zstd.ZstdCompressor(level={"matching": 3, "best": 19}[effort], write_content_size=True)
+    return zstd.ZstdCompressor(level={"matching": 3, "best": 19}[effort], write_checksum=checked)
 
 
 def encode(data: Bytes, columns: int, effort: str) -> bytes:
-    coded: bytes = _compressor(effort).compress(data.data)
+    coded: bytes = compressor(effort).compress(data.data)
     return coded
 
 
