@@ -14,7 +14,7 @@ from shortstack.errors import VerificationError, unknown
 from shortstack.footprint import PROCESS_BYTES
 from shortstack.multiplied import EMBEDDING, of_checkpoint
 from shortstack.packed.choose import options
-from shortstack.packed.file import PackedFile, header_room, write_packed
+from shortstack.packed.file import PackedFile, expected_room, write_packed
 from shortstack.packed.header import CHUNK_BYTES
 from shortstack.packed.pack import Packing
 from shortstack.packed.pack import table as worth_table
@@ -38,7 +38,7 @@ def predict(checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, int]:
     the unpacked folder lies beside the file while it is proven."""
     check(checkpoint, spec)
     beside = sum(file.stat().st_size for file in checkpoint.tokenizer_files)
-    size = checkpoint.n_bytes + beside + header_room(checkpoint)
+    size = checkpoint.n_bytes + beside + expected_room(checkpoint)
     return {
         "size_bytes": size,
         "peak_ram_bytes": PROCESS_BYTES + 12 * CHUNK_BYTES,
@@ -75,7 +75,7 @@ def export(
     except VerificationError:
         target.unlink()
         raise
-    rows = worth_table(made)
+    rows = worth_table(made, unpack_s)
     (out / WORTH).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     multiplied = of_checkpoint(checkpoint)
     return Artifact(
@@ -87,7 +87,7 @@ def export(
         weight_bytes_per_token=_bytes_per_token(checkpoint),
         sha256=hash_digests([(target.name, hash_file(target))]),
         source_sha256=checkpoint.sha256,
-        notes=_notes(checkpoint, target, made, unpack_s),
+        notes=_notes(checkpoint, target, made, sum(unpack_s.values())),
         matmul_params=multiplied.matmul_params,
         head_params=multiplied.head_params,
     )

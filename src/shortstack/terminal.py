@@ -145,7 +145,7 @@ def print_export(data: Mapping[str, Any], quiet: bool) -> None:
     heads = ("tensors", "kind", "entropy", "coded", "MB", "ratio", "in", "out", "why")
     table = Table(*heads, box=None, pad_edge=False)
     for row in data["worth"]:
-        speeds = [_speed(row[name]) for name in ("encode_mb_s", "decode_mb_s")]
+        speeds = [f"{row[name]:,.0f} MB/s" for name in ("encode_mb_s", "decode_mb_s")]
         table.add_row(
             f"{row['n_tensors']} x {row['tensors'].removesuffix('.weight')}",
             f"{row['kind']} {row['coders']}",
@@ -177,10 +177,6 @@ def print_catalogue(data: Mapping[str, Any], quiet: bool) -> None:
             f"tensors shared); unpacked {row['plain_bytes'] / 1e6:,.1f} MB",
             markup=False,
         )
-
-
-def _speed(mb_s: float | None) -> str:
-    return "" if mb_s is None else f"{mb_s:,.0f} MB/s"
 
 
 def _nested(value: Any) -> bool:

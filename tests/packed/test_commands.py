@@ -89,3 +89,20 @@ def test_what_cannot_be_unpacked_is_refused_in_one_line(
         ["export", str(tiny), "--to", "packed", "--option", "coder=zip", *out], capsys
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_packed_file_is_a_model_to_export_and_no_model_to_run(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "export", str(tiny), "--to", "packed", "-o", str(tmp_path / "packed"))
+    file = str(tmp_path / "packed" / "model.packed.safetensors")
+    out = ["-o", str(tmp_path / "out")]
+    text = str(tmp_path / "words.txt")
+    Path(text).write_text("Permission is hereby granted, free of charge, to any person. " * 50)
+    expected = run(capsys, "export", file, "--to", "packed", "--dry-run", *out)
+    assert Path(file).stat().st_size < int(str(expected["size_bytes"]))
+    for place in (file, str(tmp_path / "packed")):
+        assert "is packed: no runtime" in fails(["bench", place, *out], capsys)
+        assert "is packed: no runtime" in fails(["eval", place, "--text", text, *out], capsys)
+    assert not (tmp_path / "out").exists()

@@ -16,6 +16,7 @@ from shortstack.evaluate.scorer import Scorer
 from shortstack.families import context_tokens
 from shortstack.gguf_header import read_header
 from shortstack.manifest import read_manifest
+from shortstack.packed.runnable import refuse_packed
 from shortstack.runtimes import RUNTIMES, open_session, runtimes_for
 
 PYTORCH = "pytorch"
@@ -119,7 +120,9 @@ def target_of(
     `runtime`: another than the format's default. Raises ShortstackError where nothing of it lies
     there, and for a runtime that does not open it.
     """
+    refuse_packed(place)
     path, fmt, export = _recognised(place)
+    refuse_packed(path)
     fitting = runtimes_for(fmt, [runtime] if runtime else ())
     if not fitting:
         opens = ", ".join(name for name, (opened, _) in RUNTIMES.items() if opened == fmt)

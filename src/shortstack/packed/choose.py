@@ -1,14 +1,12 @@
 """Is it worth it: every coder tried on a sample of a tensor, the choice with its reason.
 
-By sizes alone, never by the speeds that are shown: the same model is packed alike everywhere.
+By sizes alone, never by speeds: the same model is packed alike everywhere.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -48,17 +46,14 @@ Tries = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class StreamChoice:
-    """How one stream is coded: what it takes of its plain bytes, and speeds on the sample, MB/s of
-    plain bytes; None where nothing was done."""
+    """How one stream is coded, and what it takes of its plain bytes."""
 
     coder: str
     effort: str
     share: float
-    encode_mb_s: float | None
-    decode_mb_s: float | None
 
 
-PLAIN = StreamChoice("none", "fast", 1.0, None, None)
+PLAIN = StreamChoice("none", "fast", 1.0)
 
 
 @dataclass(frozen=True)
@@ -162,19 +157,8 @@ def choose_stream(data: Bytes, columns: int, allowed: Tries) -> StreamChoice:
 
 
 def _try(name: str, effort: str, data: Bytes, columns: int) -> StreamChoice:
-    used = coder(name)
-    coded, encode_s = _timed(lambda: used.encode(data, columns, effort))
-    _, decode_s = _timed(lambda: used.decode(coded, data.size, columns))
-    size = data.size / 1e6
-    return StreamChoice(
-        name, effort, len(coded) / max(1, data.size), size / encode_s, size / decode_s
-    )
-
-
-def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
-    result = call()
-    return result, max(time.perf_counter() - start, 1e-9)
+    coded = coder(name).encode(data, columns, effort)
+    return StreamChoice(name, effort, len(coded) / max(1, data.size))
 
 
 def joined(parts: Sequence[Bytes]) -> Bytes:

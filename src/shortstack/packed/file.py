@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from shortstack.checkpoint import Checkpoint
+from shortstack.checkpoint import DTYPE_BYTES, Checkpoint
 from shortstack.disk import disk_errors
 from shortstack.manifest import partial_of
 from shortstack.packed import pack
@@ -67,10 +68,24 @@ def header_room(checkpoint: Checkpoint) -> int:
     return total + -total % 8
 
 
+def expected_room(checkpoint: Checkpoint) -> int:
+    """`header_room` from the shapes alone, without the heads of shards: of a checkpoint that may
+    not lie on disk yet. These grow with the names: 200 bytes a tensor, before they are coded."""
+    total = 0
+    for name, info in checkpoint.tensors.items():
+        columns = max(1, info.shape[-1]) if info.shape else 1
+        total += 200 + len(name)
+        total += _room(name, math.prod(info.shape), columns, DTYPE_BYTES[info.dtype])
+    return 4096 + total
+
+
 def _entry_room(source: Source) -> int:
-    itemsize = source.itemsize
-    chunks = -(-source.n_elements // pack.chunk_elements(source.columns, itemsize))
-    names = len(json.dumps(json.dumps(source.name))) + len(json.dumps(source.name))
+    return _room(source.name, source.n_elements, source.columns, source.itemsize)
+
+
+def _room(name: str, n_elements: int, columns: int, itemsize: int) -> int:
+    chunks = -(-n_elements // pack.chunk_elements(columns, itemsize))
+    names = len(json.dumps(json.dumps(name))) + len(json.dumps(name))
     return ENTRY_BYTES + names + chunks * (4 + itemsize * PART_BYTES)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,9 @@ class Packing:
     choice: Choice
     encode_s: float
 
-    def row(self) -> dict[str, Any]:
-        """A line of the table: bits a weight, bytes, MB/s of the checkpoint's bytes."""
+    def row(self, unpack_s: float) -> dict[str, Any]:
+        """A line of the table: bits a weight, bytes, MB/s of the checkpoint's bytes, all told:
+        reading, hashing, splitting and coding."""
         entry, plain = self.entry, self.entry.n_elements * self.entry.itemsize
         return {
             "name": entry.name,
@@ -43,22 +44,9 @@ class Packing:
             "plain_bytes": plain,
             "coded_bytes": entry.coded_bytes,
             "encode_mb_s": round(plain / 1e6 / max(self.encode_s, 1e-9), 1),
-            "decode_mb_s": self._decode_mb_s(),
+            "decode_mb_s": round(plain / 1e6 / max(unpack_s, 1e-9), 1),
             "reason": self.choice.reason,
         }
-
-    def _decode_mb_s(self) -> float | None:
-        """From the sample: seconds of every stream's coder, against the checkpoint's bytes."""
-        sizes = self.entry.stream_bytes(self.entry.chunk_elements(0)) if self.entry.parts else ()
-        known = [
-            (size, stream.decode_mb_s)
-            for size, stream in zip(sizes, self.choice.streams, strict=False)
-            if stream.decode_mb_s
-        ]
-        if not known:
-            return None
-        plain = self.entry.chunk_elements(0) * self.entry.itemsize
-        return round(plain / sum(size / speed for size, speed in known), 1)
 
 
 def pack_sources(
@@ -167,9 +155,9 @@ def stream_columns(kind: str, stream: int, columns: int, itemsize: int) -> int:
     return columns * itemsize if kind == "raw" else columns
 
 
-def table(made: Iterable[Packing]) -> list[dict[str, Any]]:
-    """The lines of all tensors, in the order of the file."""
-    return [packing.row() for packing in made if packing.entry.is_tensor]
+def table(made: Iterable[Packing], unpack_s: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The lines of all tensors, in the order of the file; `unpack_s` is what `prove` found."""
+    return [p.row(unpack_s[p.entry.blob]) for p in made if p.entry.is_tensor]
 
 
 def contents(entries: list[Entry]) -> Contents:

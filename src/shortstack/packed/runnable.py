@@ -8,8 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shortstack.artifact import Artifact
+from shortstack.errors import ShortstackError
 from shortstack.packed.read import open_packed
 from shortstack.packed.unpack import unpack_folder
+
+
+def refuse_packed(path: Path) -> None:
+    """Raise ShortstackError for a packed file where a runtime is to open it as it lies."""
+    if path.is_file() and path.suffix == ".safetensors":
+        raise ShortstackError(
+            f"{path} is packed: no runtime computes with coded weights. Unpack it first: "
+            f"shortstack unpack {path} -o FOLDER"
+        )
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def read_worth(folder: Path) -> list[dict[str, Any]]:
 def grouped(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """One line for tensors that differ in their layer alone and are coded alike.
 
-    Bits are means over weights; speeds are all bytes over all seconds, None where unknown.
+    Bits are means over weights; speeds are all bytes over all seconds.
     """
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
@@ -48,7 +48,6 @@ def _line(key: tuple[str, ...], rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def _speed(rows: list[Row], name: str) -> float | None:
-    known = [row for row in rows if row[name]]
-    seconds = sum(row["plain_bytes"] / row[name] for row in known)
-    return sum(row["plain_bytes"] for row in known) / seconds if seconds else None
+def _speed(rows: list[Row], name: str) -> float:
+    seconds = sum(row["plain_bytes"] / max(row[name], 1e-9) for row in rows)
+    return float(sum(row["plain_bytes"] for row in rows) / max(seconds, 1e-9))
