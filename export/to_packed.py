@@ -19,6 +19,7 @@ from shortstack.packed.header import CHUNK_BYTES
 from shortstack.packed.pack import Packing
 from shortstack.packed.pack import table as worth_table
 from shortstack.packed.prove import prove
+from shortstack.packed.sources import left_out
 from shortstack.packed.worth import WORTH
 from shortstack.progress import OnProgress, silent
 
@@ -112,10 +113,12 @@ def _notes(
             kinds[key] = kinds.get(key, 0) + 1
     spoken = ", ".join(f"{n} {' '.join(key)}" for key, n in sorted(kinds.items()))
     bits = 8 * size / max(1, checkpoint.n_params)
+    missing = left_out(checkpoint)
     return (
         f"{plain / 1e6:,.1f} MB of weights in {size / 1e6:,.1f} MB: {plain / size:.3f} x, "
         f"{bits:.2f} bits a weight",
         f"unpacked in memory and compared bit for bit, {plain / 1e6 / max(unpack_s, 1e-9):,.0f} "
         "MB/s",
         f"tensors: {spoken}",
+        *([f"left out, as no model needs them: {', '.join(missing)}"] if missing else []),
     )

@@ -20,7 +20,7 @@ from shortstack.packed.file import PackedFile
 from shortstack.packed.header import Entry
 from shortstack.packed.pack import choose_for, encode_source
 from shortstack.packed.read import plain_chunks, verify
-from shortstack.packed.sources import ReadBytes, Source
+from shortstack.packed.sources import ReadBytes, Source, left_out
 from shortstack.packed.unpack import unpack_folder
 
 SHAPES: list[tuple[int, ...]] = [
@@ -189,3 +189,14 @@ def test_a_killed_packing_leaves_nothing(
     with pytest.raises(ShortstackError, match="truncated"):
         pack(checkpoint, tmp_path / "x.safetensors")
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_is_not_packed_is_told(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    (tmp_path / "model" / "README.md").write_text("kept")
+    checkpoint = Checkpoint.open(tmp_path / "model")
+    assert left_out(checkpoint) == ["notes.txt"]
+    unpacked(pack(checkpoint, tmp_path / "x.safetensors"), tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text() == "kept"
+    assert not (tmp_path / "again" / "notes.txt").exists()

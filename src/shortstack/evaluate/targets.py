@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shortstack.checkpoint import Checkpoint
+from shortstack.checkpoint import ROW_CODES, Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.evaluate.codec import Codec, FolderCodec
 from shortstack.evaluate.scorer import Scorer
@@ -168,8 +168,8 @@ def _files(path: Path, fmt: str) -> list[Path]:
     if path.is_file():
         return [path]
     wanted = {"onnx": ("*.onnx*", "*.data", "*.json"), "checkpoint": ("*.safetensors", "*.json")}
-    ours = "shortstack.json"
-    found = {file for pattern in wanted[fmt] for file in path.glob(pattern) if file.name != ours}
+    ours = ("shortstack.json", ROW_CODES)  # the weights hold what the codes say
+    found = {f for pattern in wanted[fmt] for f in path.glob(pattern) if f.name not in ours}
     return sorted(found)
 
 

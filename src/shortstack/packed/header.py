@@ -32,6 +32,7 @@ NO_DIGEST = b"0" * 64
 FILES = frozenset(
     {
         *("config.json", "model.safetensors.index.json", "plan.json", *TOKENIZER_FILES),
+        *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
         *("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "README.md"),
     }
 )

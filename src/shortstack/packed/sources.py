@@ -10,6 +10,7 @@ import numpy as np
 
 from shortstack.checkpoint import DTYPE_BYTES, ROW_CODES, Checkpoint
 from shortstack.errors import ShortstackError
+from shortstack.manifest import MANIFEST
 from shortstack.packed.coders import Bytes
 from shortstack.packed.header import FILES
 from shortstack.packed.shard_header import parse_head, read_head
@@ -81,6 +82,12 @@ def sources(checkpoint: Checkpoint) -> Iterator[Source]:
         yield from _shard(checkpoint.path / shard, sidecar)
     if sidecar.head:
         yield _whole(ROW_CODES, "shard", sidecar.head)
+
+
+def left_out(checkpoint: Checkpoint) -> list[str]:
+    """Names of files in the folder that are not packed: no reader of models asks for them."""
+    known = {*FILES, *checkpoint.shards, ROW_CODES, MANIFEST}
+    return sorted(file.name for file in checkpoint.path.iterdir() if file.name not in known)
 
 
 def _whole(name: str, kind: str, content: bytes) -> Source:
