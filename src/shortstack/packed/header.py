@@ -17,9 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from shortstack.checkpoint import DTYPE_BYTES, TOKENIZER_FILES
 from shortstack.errors import ShortstackError, one_line
 from shortstack.packed.coders import MAX_CHUNK_BYTES
+from shortstack.packed.shard_header import unique_keys
 
-HEADER_BYTES = 100_000_000
-"""The most that the safetensors library reads, too."""
+HEADER_BYTES = 2**25
+"""Fifty times what a model of 7 billion weights needs; parsed it takes about 20 times as much."""
 
 CHUNK_BYTES = 2**24
 """What is coded at once: bounds the memory of packing and of unpacking."""
@@ -277,14 +278,8 @@ def _check_offsets(
 
 
 def _json(text: bytes, where: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a key is there twice")
-        return found
-
     try:
-        table = json.loads(text, object_pairs_hook=unique)
+        table = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise damaged(where, f"its header is no JSON ({one_line(str(error), 80)})") from None
     if not isinstance(table, dict):

@@ -41,7 +41,7 @@ def read_head(file: BinaryIO, where: Path) -> bytes:
 def parse_head(head: bytes, where: str) -> list[Slot]:
     """The slots in the order of their bytes. Raises ShortstackError for gaps and overlaps."""
     try:
-        table = json.loads(head[8:])
+        table = json.loads(head[8:], object_pairs_hook=unique_keys)
         if int.from_bytes(head[:8], "little") != len(head) - 8:
             raise ValueError("its length is wrong")
         table.pop("__metadata__", None)
@@ -55,6 +55,14 @@ def parse_head(head: bytes, where: str) -> list[Slot]:
             raise _damaged(where, f"{slot.name} is not where the tensors before it end")
         at = slot.stop
     return slots
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json: readers disagree on which of two equal keys counts. Raises ValueError."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
 
 
 def _slot(name: str, info: dict[str, Any]) -> Slot:
