@@ -68,6 +68,14 @@ def test_damaged_bytes_are_refused_or_decode_to_the_right_length(name: str) -> N
             coder(name).decode(coded[:length], data.size, columns)
 
 
+def test_ans_with_too_few_lanes_is_refused_before_it_takes_hours() -> None:
+    head = bytes([1, 5, 5]) + (1 << 14).to_bytes(2, "little")  # one symbol: no words are read
+    coded = head + (1).to_bytes(4, "little") + bytes(4) + (1 << 16).to_bytes(4, "little")
+    assert coder("ans").decode(coded, 8192, 1).tolist() == [5] * 8192
+    with pytest.raises(CodingError, match="1 lanes for 67108864 bytes"):
+        coder("ans").decode(coded, 2**26, 1)
+
+
 def test_ans_reaches_the_entropy_of_its_groups() -> None:
     codes = np.clip(np.rint(RNG.standard_normal((512, 1024)) * 4), -127, 127).astype(np.int8)
     data = codes.view(np.uint8).reshape(-1)

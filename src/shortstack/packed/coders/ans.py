@@ -11,9 +11,12 @@ that pays for the tables. A coded chunk, little endian:
     for every group: u8 lowest byte value, u8 highest, (highest - lowest + 1) x u16 frequency
     u32 lanes L, u32 words W, L x u32 states, W x u16 words
 
-The rows of group 0 come first, then those of group 1, ...; symbol i of this sequence belongs to
-lane i mod L and step i div L, and has the frequencies of its row's group. A step reads, in each
-lane whose state fell below 2^16, one word, in the order of the lanes.
+L is at most 2^14, and at least the bytes of the chunk / 2^13. The rows of group 0 come first, then
+those of group 1, ...; symbol i of this sequence belongs to lane i mod L and step i div L, and has
+the frequencies f of its row's group; c(s) is the sum of f below s. A step does, in every lane with
+state x: slot = x mod 2^14, s the symbol with c(s) <= slot < c(s) + f(s), x := f(s) (x div 2^14) +
+slot - c(s); then, lane by lane, where x < 2^16 the next word w makes x := 2^16 x + w. At the end
+every state is 2^16 and no word is left.
 """
 
 from __future__ import annotations
@@ -32,6 +35,9 @@ SYMBOLS_A_LANE = 1024
 """A lane costs 16 bits: 0.016 bits a symbol. Fewer lanes are slow: a step is a numpy call."""
 
 MAX_LANES = 1 << 14
+MAX_STEPS = 1 << 13
+"""A chunk with fewer lanes than that allows is refused: a step takes as long however few it has."""
+
 MAX_GROUPS = 8
 U32 = np.uint32
 
@@ -180,7 +186,7 @@ def _pull(coded: bytes, at: int, sizes: NDArray[np.int64]) -> Bytes:
     if at + 8 + 4 * lanes + 2 * n_words != len(coded):
         raise CodingError("its length is not what its counts say")
     total = int(sizes.sum())
-    if lanes > MAX_LANES or bool(lanes) != bool(total):
+    if lanes > MAX_LANES or bool(lanes) != bool(total) or total > lanes * MAX_STEPS:
         raise CodingError(f"{lanes} lanes for {total} bytes")
     states = np.frombuffer(coded, "<u4", lanes, at + 8).astype(U32)
     words = np.frombuffer(coded, "<u2", n_words, at + 8 + 4 * lanes)
