@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shortstack.artifact import ExportSpec
-from shortstack.checkpoint import ROW_CODES, Checkpoint
+from shortstack.checkpoint import SIDECAR, Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.export.weights import Array, interleave_rope
 from shortstack.row_codes import RowCodes
@@ -23,7 +23,7 @@ BLOCK, BLOCK_BYTES = 32, 34
 
 def keeps_codes(checkpoint: Checkpoint, spec: ExportSpec) -> bool:
     """Whether the export takes the sidecar's codes as they are."""
-    return spec.precision == PRECISION and (checkpoint.path / ROW_CODES).is_file()
+    return spec.precision == PRECISION and (checkpoint.path / SIDECAR).is_file()
 
 
 def check_codes(
@@ -31,7 +31,7 @@ def check_codes(
 ) -> None:
     """Raise ShortstackError where llama.cpp cannot hold the codes. `changed`: tensors that the file
     holds scaled or shifted."""
-    remedy = f"Remove {ROW_CODES} to have the weights rounded anew."
+    remedy = f"Remove {SIDECAR} to have the weights rounded anew."
     if spec.options:
         raise ShortstackError(
             f"the option {spec.options[0][0]} does not go with row codes, which are kept as they "

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from shortstack.checkpoint import ROW_CODES, Checkpoint
+from shortstack.checkpoint import SIDECAR, Checkpoint
 from shortstack.floats import from_bfloat16
 from shortstack.packed.choose import tries
 from shortstack.packed.file import PackedFile, write_packed
@@ -43,7 +43,7 @@ def write_coded(source: Path, folder: Path, skip: tuple[str, ...] = ()) -> Check
             tensors[name] = made.weights()
             sidecar |= {f"{name}.codes": made.codes, f"{name}.steps": made.steps}
     save_file(tensors, plain, {"format": "pt"})
-    save_file(sidecar, folder / ROW_CODES)
+    save_file(sidecar, folder / SIDECAR)
     return Checkpoint.open(folder)
 
 

@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from shortstack.checkpoint import ROW_CODES, Checkpoint
+from shortstack.checkpoint import SIDECAR, Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.packed.shard_header import Slot, parse_head, read_head
 from shortstack.row_codes import RowCodes
@@ -25,7 +25,7 @@ class RowCodesFile:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.path = checkpoint.path / ROW_CODES
+        self.path = checkpoint.path / SIDECAR
         self.head, self._slots = b"", dict[str, Slot]()
         if self.path.is_file():
             with self.path.open("rb") as file:

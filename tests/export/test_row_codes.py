@@ -16,7 +16,7 @@ from tests.packed_models import write_coded
 from tests.zoo import make_model
 
 from shortstack.artifact import ExportSpec
-from shortstack.checkpoint import ROW_CODES, Checkpoint
+from shortstack.checkpoint import SIDECAR, Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.export import exporter
 from shortstack.export.weights import Weights
@@ -138,6 +138,6 @@ def test_a_sidecar_of_another_model_is_refused(
     coded: Checkpoint, tiny: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny, tmp_path / "model")
-    shutil.copyfile(coded.path / ROW_CODES, tmp_path / "model" / ROW_CODES)
+    shutil.copyfile(coded.path / SIDECAR, tmp_path / "model" / SIDECAR)
     with pytest.raises(ShortstackError, match="does not belong to a float32 matrix"):
         exporter("gguf").check(Checkpoint.open(tmp_path / "model"), ExportSpec.parse("gguf:Q8_0"))

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from tests.packed_models import ODD, pack, write_coded
 from tests.zoo import NAMES, make_model
 
-from shortstack.checkpoint import ROW_CODES, Checkpoint
+from shortstack.checkpoint import SIDECAR, Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.packed.choose import tries
 from shortstack.packed.coders import Bytes
@@ -64,9 +64,9 @@ def test_row_codes_come_back_with_their_sidecar(coder: str, tiny: Path, tmp_path
 
 def test_codes_that_are_not_the_weights_are_refused(tiny: Path, tmp_path: Path) -> None:
     checkpoint = write_coded(tiny, tmp_path / "model")
-    sidecar = load_file(tmp_path / "model" / ROW_CODES)
+    sidecar = load_file(tmp_path / "model" / SIDECAR)
     sidecar["model.layers.2.mlp.up_proj.weight.codes"][3, 5] += 1
-    save_file(sidecar, tmp_path / "model" / ROW_CODES)
+    save_file(sidecar, tmp_path / "model" / SIDECAR)
     with pytest.raises(ShortstackError, match="codes of model.layers.2.mlp.up_proj.weight are not"):
         pack(checkpoint, tmp_path / "x.safetensors")
     assert not list(tmp_path.glob("*.safetensors*"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shortstack.checkpoint import ROW_CODES, Checkpoint
+from shortstack.checkpoint import SIDECAR, Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.evaluate.codec import Codec, FolderCodec
 from shortstack.evaluate.scorer import Scorer
@@ -168,7 +168,7 @@ def _files(path: Path, fmt: str) -> list[Path]:
     if path.is_file():
         return [path]
     wanted = {"onnx": ("*.onnx*", "*.data", "*.json"), "checkpoint": ("*.safetensors", "*.json")}
-    ours = ("shortstack.json", ROW_CODES)  # the weights hold what the codes say
+    ours = ("shortstack.json", SIDECAR)  # the weights hold what the codes say
     found = {f for pattern in wanted[fmt] for f in path.glob(pattern) if f.name not in ours}
     return sorted(found)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shortstack.checkpoint import DTYPE_BYTES, ROW_CODES, Checkpoint
+from shortstack.checkpoint import DTYPE_BYTES, SIDECAR, Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.manifest import MANIFEST
 from shortstack.packed.coders import Bytes
@@ -81,12 +81,12 @@ def sources(checkpoint: Checkpoint) -> Iterator[Source]:
     for shard in checkpoint.shards:
         yield from _shard(checkpoint.path / shard, sidecar)
     if sidecar.head:
-        yield _whole(ROW_CODES, "shard", sidecar.head)
+        yield _whole(SIDECAR, "shard", sidecar.head)
 
 
 def left_out(checkpoint: Checkpoint) -> list[str]:
     """Names of files in the folder that are not packed: no reader of models asks for them."""
-    known = {*FILES, *checkpoint.shards, ROW_CODES, MANIFEST}
+    known = {*FILES, *checkpoint.shards, SIDECAR, MANIFEST}
     return sorted(file.name for file in checkpoint.path.iterdir() if file.name not in known)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from shortstack.checkpoint import ROW_CODES, Checkpoint
+from shortstack.checkpoint import SIDECAR, Checkpoint
 from shortstack.disk import disk_errors, require_space
 from shortstack.packed.coders import Bytes
 from shortstack.packed.header import Entry, damaged
@@ -50,14 +50,14 @@ def plan_shard(packed: Packed, name: str, head: bytes) -> list[Slot]:
     where, tensors = f"{packed.path}: {name}", packed.contents.tensors
     slots = parse_head(head, where)
     for slot in slots:
-        entry = tensors.get(_stem(slot.name) if name == ROW_CODES else slot.name)
+        entry = tensors.get(_stem(slot.name) if name == SIDECAR else slot.name)
         if entry is None or (slot.dtype, slot.shape) not in _forms(entry, name, slot.name):
             raise damaged(where, f"no entry holds its tensor {slot.name}")
     return slots
 
 
 def _forms(entry: Entry, shard: str, name: str) -> list[tuple[str, tuple[int, ...]]]:
-    if shard != ROW_CODES:
+    if shard != SIDECAR:
         return [(entry.dtype, entry.shape)]
     if entry.kind != "row-codes":
         return []
@@ -72,18 +72,18 @@ def _stem(name: str) -> str:
 
 def _check_complete(packed: Packed, plan: dict[str, list[Slot]]) -> None:
     """Every tensor lies in one shard, and every pair of row codes in the sidecar."""
-    placed = [slot.name for name, slots in plan.items() if name != ROW_CODES for slot in slots]
+    placed = [slot.name for name, slots in plan.items() if name != SIDECAR for slot in slots]
     tensors = packed.contents.tensors
     if sorted(placed) != sorted(tensors):
         raise damaged(str(packed.path), "its shards do not hold each of its tensors once")
     coded = {n + end for n, e in tensors.items() if e.kind == "row-codes" for end in (CODES, STEPS)}
-    if coded != {slot.name for slot in plan.get(ROW_CODES, [])}:
-        raise damaged(str(packed.path), f"{ROW_CODES} does not hold each of its codes once")
+    if coded != {slot.name for slot in plan.get(SIDECAR, [])}:
+        raise damaged(str(packed.path), f"{SIDECAR} does not hold each of its codes once")
 
 
 def _slot_chunks(packed: Packed, shard: str, slot: Slot) -> Iterator[Bytes]:
     tensors = packed.contents.tensors
-    if shard != ROW_CODES:
+    if shard != SIDECAR:
         yield from plain_chunks(packed, tensors[slot.name])
         return
     # its blob was checked when the weights were written
