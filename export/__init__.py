@@ -15,6 +15,7 @@ from shortstack.progress import OnProgress, silent
 EXPORTERS: dict[str, str] = {
     "gguf": "shortstack.export.to_gguf",
     "onnx": "shortstack.export.to_onnx",
+    "packed": "shortstack.export.to_packed",
 }
 """Format -> module with `PRECISIONS` and what `Exporter` names."""
 

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.export.gguf_arch import Target
+from shortstack.export.gguf_codes import fill_blocks, quantize_blocks
+from shortstack.export.gguf_types import TYPES
 from shortstack.export.weights import Array, Weights, interleave_rope
 from shortstack.families import TensorRule
 from shortstack.floats import F16_MAX, bfloat16_to_float16, from_bfloat16, to_bfloat16
@@ -28,8 +30,13 @@ AHEAD = 4
 """Chunks that are converted or wait to be written."""
 
 N_THREADS = 2
-NUMPY: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-"""Types that are written -> numpy's; BF16 as its bits."""
+NUMPY: dict[str, type[np.generic]] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "Q8_0": np.uint8,
+}
+"""Types that are written -> numpy's; BF16 as its bits, Q8_0 as bytes of whole blocks."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Piece:
 
     @property
     def n_bytes(self) -> int:
-        return self.n_weights * np.dtype(NUMPY[self.kind]).itemsize
+        return _bytes(self.n_weights, self.kind)
 
     @property
     def is_first(self) -> bool:
@@ -138,6 +145,9 @@ def _fill(flat: Array, weights: Weights, piece: Piece) -> None:
     if entry.source is None:
         flat[:] = 0
         return
+    if piece.kind == "Q8_0":
+        _fill_blocks(flat, weights, piece)
+        return
     rows = weights.stored(entry.source)[piece.start : piece.stop]
     out, stored = flat.reshape(rows.shape), weights.dtype(entry.source)
     if entry.changed:
@@ -152,6 +162,23 @@ def _fill(flat: Array, weights: Weights, piece: Piece) -> None:
             f"{entry.source} holds {peak}, beyond the {F16_MAX:.0f} that F16 can hold. "
             "Export to F32 or BF16."
         ) from None
+
+
+def _fill_blocks(flat: Array, weights: Weights, piece: Piece) -> None:
+    """A matrix's own codes where it has them, else its weights rounded."""
+    entry, sidecar = piece.entry, weights.row_codes
+    assert entry.source is not None
+    if entry.source in sidecar.names:
+        fill_blocks(flat, sidecar.read(entry.source, piece.start, piece.stop), piece.heads)
+        return
+    rows, stored = (
+        weights.stored(entry.source)[piece.start : piece.stop],
+        weights.dtype(entry.source),
+    )
+    single = from_bfloat16(rows) if stored == "BF16" else np.asarray(rows, np.float32)
+    if entry.changed:
+        single = (single + np.float32(entry.rule.plus)) * np.float32(entry.scale)
+    quantize_blocks(flat, interleave_rope(single, piece.heads) if piece.heads else single)
 
 
 def _convert(out: Array, rows: Array, stored: str, kind: str) -> None:
@@ -199,4 +226,8 @@ def kind_of(checkpoint: Checkpoint, entry: Entry, kind: str | None) -> str:
 
 
 def entry_bytes(entry: Entry, kind: str) -> int:
-    return math.prod(entry.shape) * np.dtype(NUMPY[kind]).itemsize
+    return _bytes(math.prod(entry.shape), kind)
+
+
+def _bytes(n_weights: int, kind: str) -> int:
+    return n_weights // TYPES[kind].block * TYPES[kind].block_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -69,18 +69,26 @@ def write_floats(
     kind: str | None,
     progress: OnProgress,
     digest: hashlib._Hash | None = None,
+    blocks: Collection[str] = (),
 ) -> None:
     """Write a file of plain floats by chunks of rows; `kind` None keeps the stored types.
+
+    `blocks` names tensors that are written as Q8_0 instead, and makes the file one of that type.
 
     `digest` is fed with the whole file while it is written, which spares reading it again.
     """
     gguf = gguf_package()
     writer = gguf.GGUFWriter(str(target), Target.of(checkpoint).arch.name)
-    file_type = PRECISIONS[kind or "F32"].file_type
+    file_type = PRECISIONS["Q8_0" if blocks else kind or "F32"].file_type
     name = Path(str(checkpoint.config.get("_name_or_path") or checkpoint.path)).name
     add_metadata(writer, checkpoint, name, file_type)
     add_vocabulary(writer, read_vocabulary(checkpoint.path, checkpoint.dims["vocab"]))
-    plan = [(entry, kind_of(checkpoint, entry, kind)) for entry in entries(checkpoint)]
+    if blocks:
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    plan = [
+        (entry, "Q8_0" if entry.name in blocks else kind_of(checkpoint, entry, kind))
+        for entry in entries(checkpoint)
+    ]
     tables = rope_tensors(checkpoint)
     for table_name, table in tables.items():
         writer.add_tensor_info(table_name, table.shape, table.dtype, table.nbytes)

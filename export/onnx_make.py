@@ -17,6 +17,7 @@ from shortstack.disk import disk_errors
 from shortstack.export.importance_file import read_channels
 from shortstack.export.onnx_attention import set_attention
 from shortstack.export.onnx_builders import choose
+from shortstack.export.onnx_codes import KnownRows
 from shortstack.export.onnx_config import genai_config, write_genai_config
 from shortstack.export.onnx_data import DataFile
 from shortstack.export.onnx_graph import bytes_per_token, forget_unused, multiplied_params
@@ -43,7 +44,9 @@ def make_here(request: dict[str, Any]) -> dict[str, Any]:
         importance = Importance(read_channels(Path(channels))) if channels else None
         config = genai_config(model, checkpoint, request["context"])
         with disk_errors(out / DATA):
-            write(model, tables, out, request["precision"], request["chosen"], importance)
+            precision, chosen = request["precision"], request["chosen"]
+            known = KnownRows(checkpoint) if precision == "int8" else None
+            write(model, tables, out, precision, chosen, importance, known)
             write_genai_config(config, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -53,6 +56,8 @@ def make_here(request: dict[str, Any]) -> dict[str, Any]:
         "head_params": multiplied.head_params,
         "weight_bytes_per_token": bytes_per_token(out / MODEL),
         "unweighted": importance.missing if importance else [],
+        "kept_codes": len(known.found) if known else 0,
+        "rounded": known.missing if known else [],
     }
 
 
@@ -63,6 +68,7 @@ def write(
     precision: str,
     chosen: dict[str, str],
     importance: Importance | None,
+    known: KnownRows | None = None,
 ) -> None:
     """Write the model, one tensor at a time, in a precision."""
     graph = model.graph
@@ -71,7 +77,7 @@ def write(
     report = _Report(_weights(graph))
     with DataFile(out / DATA) as data:
         if precision in BITS:
-            how = Quantization.of(BITS[precision], chosen, importance)
+            how = Quantization.of(BITS[precision], chosen, importance, known)
             quantize(graph, tables, how, data, report)
             RemoveUnusedNodesPass()(model)
         if precision == "fp16" or half_activations(chosen):

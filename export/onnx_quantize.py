@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from shortstack.errors import ShortstackError
 from shortstack.export.importance import HEAD
+from shortstack.export.onnx_codes import KnownRows
 from shortstack.export.onnx_data import DataFile
 from shortstack.export.onnx_graph import LAYER, layer_of, names_of
 from shortstack.export.onnx_rounding import Floats, quantize_rows
@@ -72,14 +73,22 @@ class Quantization:
     block: int
     importance: Importance | None = None
     half: bool = False
+    known: KnownRows | None = None
+    """Rows whose 8-bit codes are taken as they are."""
 
     @classmethod
     def of(
-        cls, bits: int, chosen: Mapping[str, str], importance: Importance | None = None
+        cls,
+        bits: int,
+        chosen: Mapping[str, str],
+        importance: Importance | None = None,
+        known: KnownRows | None = None,
     ) -> Quantization:
         head = 4 if chosen.get("head") == "int4" else 8
         wide = tuple(part for part in chosen.get("wide", "none").split("+") if part != "none")
-        return cls(bits, head, wide, int(chosen["block"]), importance, half_activations(chosen))
+        return cls(
+            bits, head, wide, int(chosen["block"]), importance, half_activations(chosen), known
+        )
 
     def bits_of(self, node: ir.Node) -> int:
         wide = any(WIDE[part].search(name) for part in self.wide for name in names_of(node))
@@ -155,7 +164,8 @@ def _put(
     stored, name = source.const_value, str(source.name)
     assert stored is not None
     matrix = stored.numpy().T if turned else stored.numpy()
-    codes, scales = quantize_rows(matrix, how.block, bits, weights, half=how.half)
+    kept = how.known.of(name, matrix, how.block, half=how.half) if how.known and bits == 8 else None
+    codes, scales = kept or quantize_rows(matrix, how.block, bits, weights, half=how.half)
     if how.half and np.isinf(scales).any():
         raise ShortstackError(
             f"{name}: a block's weights are so large that float16 does not hold their scale. "

@@ -18,6 +18,7 @@ from shortstack.disk import require_space
 from shortstack.errors import VerificationError, require, unknown
 from shortstack.export import gguf_chunks, gguf_quantize, gguf_vocab, importance
 from shortstack.export.gguf_arch import Target, least_runtime, target_notes
+from shortstack.export.gguf_codes import check_codes, keeps_codes
 from shortstack.export.gguf_meta import check_config
 from shortstack.export.gguf_mix import Choice, is_matrix
 from shortstack.export.gguf_options import (
@@ -37,6 +38,7 @@ from shortstack.footprint import PROCESS_BYTES
 from shortstack.gguf_header import GGML_TYPES, read_header
 from shortstack.multiplied import of_gguf
 from shortstack.progress import OnProgress, silent
+from shortstack.row_codes_file import RowCodesFile
 
 REVISION = 1
 LIBRARIES_BYTES = 12_000_000
@@ -55,6 +57,9 @@ def check_headers(checkpoint: Checkpoint, spec: ExportSpec) -> None:
         raise unknown("GGUF precision", spec.precision, PRECISIONS)
     check_options(checkpoint, spec, tensor_shapes(checkpoint))
     check_config(checkpoint)
+    if keeps_codes(checkpoint, spec):
+        changed = [entry.source for entry in entries(checkpoint) if entry.changed and entry.source]
+        check_codes(checkpoint, spec, changed, RowCodesFile(checkpoint).names)
 
 
 def predict(checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, int]:
@@ -66,7 +71,7 @@ def predict(checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, int]:
     for name, shape in shapes.items():
         kind = chosen[name].type if name in chosen else "F32"
         size += math.prod(shape[:-1]) * TYPES[kind].row_bytes(shape[-1])
-    intermediate = _intermediate_bytes(checkpoint) if _needs_quantizer(spec) else 0
+    intermediate = _intermediate_bytes(checkpoint) if _needs_quantizer(checkpoint, spec) else 0
     writing = _writing_bytes(checkpoint, spec)
     observing = importance.peak_ram_bytes(checkpoint) if calibrates(checkpoint, spec) else 0
     return {
@@ -79,8 +84,9 @@ def predict(checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, int]:
 
 def _writing_bytes(checkpoint: Checkpoint, spec: ExportSpec) -> int:
     """Memory of the export behind its calibration, beyond what the process holds anyway."""
-    found, quantized = entries(checkpoint), _needs_quantizer(spec)
-    kind = None if quantized else spec.precision
+    found, quantized = entries(checkpoint), _needs_quantizer(checkpoint, spec)
+    plain = not (quantized or keeps_codes(checkpoint, spec))
+    kind = spec.precision if plain else None
     taken = LIBRARIES_BYTES + gguf_vocab.peak_bytes(checkpoint.path, checkpoint.dims["vocab"])
     taken += gguf_chunks.peak_bytes(checkpoint, found, kind)
     if quantized:
@@ -129,6 +135,7 @@ def export(
     notes = [*target_notes(checkpoint), *filter(None, (vocabulary.note,))]
     matrix = out / IMPORTANCE if wants_importance(checkpoint, spec, shapes) else None
     notes += _calibrate(checkpoint, spec, chosen, calibration, matrix)
+    notes += _codes_notes(checkpoint, spec)
     with hashed_meanwhile(checkpoint):
         file_sha256 = _write(checkpoint, spec, target, matrix, progress)
     table = read_table(target)
@@ -144,7 +151,11 @@ def export(
         sha256=hash_digests([(target.name, file_sha256)]),
         source_sha256=checkpoint.sha256,
         least_runtime=least_runtime(checkpoint),
-        notes=(*notes, *_fallback_notes(chosen, table), _types_note(table)),
+        notes=(
+            *notes,
+            *_fallback_notes(chosen, table),
+            _types_note(table),
+        ),
         matmul_params=multiplied.matmul_params,
         head_params=multiplied.head_params,
     )
@@ -158,9 +169,10 @@ def _write(
     progress: OnProgress,
 ) -> str:
     """Write the file; return its sha256."""
-    if not _needs_quantizer(spec):
+    if not _needs_quantizer(checkpoint, spec):
         digest = hashlib.sha256()
-        write_floats(checkpoint, target, spec.precision, progress, digest)
+        kind, blocks = _kinds(checkpoint, spec)
+        write_floats(checkpoint, target, kind, progress, digest, blocks)
         return digest.hexdigest()
     source = target.with_name("intermediate.gguf")
     try:
@@ -258,7 +270,25 @@ def _check_types(
             )
 
 
-def _needs_quantizer(spec: ExportSpec) -> bool:
+def _kinds(checkpoint: Checkpoint, spec: ExportSpec) -> tuple[str | None, frozenset[str]]:
+    """The type of a file's matrices, and which of them are written as Q8_0 because others have
+    row codes."""
+    if not keeps_codes(checkpoint, spec):
+        return spec.precision, frozenset()
+    chosen = types_of(checkpoint, spec, tensor_shapes(checkpoint))
+    return None, frozenset(name for name, choice in chosen.items() if choice.type == "Q8_0")
+
+
+def _codes_notes(checkpoint: Checkpoint, spec: ExportSpec) -> list[str]:
+    if not keeps_codes(checkpoint, spec):
+        return []
+    n = len(RowCodesFile(checkpoint).names)
+    return [f"{n} matrices keep their row codes: weights are codes x steps, exactly"]
+
+
+def _needs_quantizer(checkpoint: Checkpoint, spec: ExportSpec) -> bool:
+    if keeps_codes(checkpoint, spec):
+        return False
     return PRECISIONS[spec.precision].quantized or any(
         spec.option(option) for option in ("head", "embedding", "tensors")
     )

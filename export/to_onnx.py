@@ -263,6 +263,7 @@ def export(
             *_notes(checkpoint, spec),
             *notes,
             *_unweighted_notes(made["unweighted"]),
+            *_codes_notes(made["kept_codes"], made["rounded"]),
         ),
         matmul_params=made["matmul_params"],
         head_params=made["head_params"],
@@ -308,6 +309,14 @@ def _refuse_overflow(seen: activations.ActivationRange, spec: ExportSpec) -> Non
 def _unweighted_notes(names: Sequence[str]) -> list[str]:
     """Matrices of the graph that no importance was found for: none, in every builder we know."""
     return [f"{len(names)} matrices rounded without importance, {names[0]} first"] if names else []
+
+
+def _codes_notes(n_kept: int, rounded: Sequence[str]) -> list[str]:
+    """Which matrices have the codes and steps of the checkpoint's sidecar."""
+    found = [f"{n_kept} matrices keep their row codes: weights are codes x steps, exactly"]
+    if rounded and n_kept:
+        found.append(f"{len(rounded)} matrices without codes are rounded, {rounded[0]} first")
+    return found if n_kept else []
 
 
 def _notes(checkpoint: Checkpoint, spec: ExportSpec) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.floats import STORED
+from shortstack.row_codes_file import RowCodesFile
 
 Array = NDArray[Any]
 
@@ -36,6 +38,11 @@ class Weights:
 
     def dtype(self, name: str) -> str:
         return self._checkpoint.tensors[name].dtype
+
+    @functools.cached_property
+    def row_codes(self) -> RowCodesFile:
+        """Codes of the matrices that have them."""
+        return RowCodesFile(self._checkpoint)
 
     def _header(self, file: str) -> tuple[int, Mapping[str, Any]]:
         """Where the data of a shard begins, and its table of tensors."""

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from shortstack.errors import ShortstackError
 
-Format = Literal["gguf", "onnx"]
+Format = Literal["gguf", "onnx", "packed"]
+ONE_PRECISION = {"packed": "lossless"}
+"""Formats of one precision, which need not be named."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,9 @@ class ExportSpec:
 
     @classmethod
     def parse(cls, text: str, **options: str) -> ExportSpec:
-        """Read `FORMAT:PRECISION`, as the command line and the tests write it."""
+        """Read `FORMAT:PRECISION`, or a format of ONE_PRECISION, as the command line has it."""
+        if text in ONE_PRECISION:
+            text = f"{text}:{ONE_PRECISION[text]}"
         fmt, colon, precision = text.partition(":")
         if not (fmt and colon and precision):
             raise ShortstackError(f"export target {text!r} is not FORMAT:PRECISION, e.g. gguf:Q8_0")

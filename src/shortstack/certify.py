@@ -138,6 +138,7 @@ def verify(
     timeout_s: float = TIMEOUT_S,
 ) -> Verification:
     """The measuring half of `certify`: figures, no bounds."""
+    from shortstack.packed.runnable import runnable
     from shortstack.runtimes import runtimes_for
 
     if (len(windows), len(windows[0])) != (reference.n_windows, reference.length):
@@ -145,24 +146,25 @@ def verify(
             f"{reference.path} holds {reference.n_windows} windows of {reference.length} tokens, "
             f"not {len(windows)} of {len(windows[0])}. Make the reference again."
         )
-    chosen = runtime or runtimes_for(artifact.format)[0]
-    request = {
-        "artifact": str(artifact.path),
-        "runtime": chosen,
-        "windows": [list(window) for window in windows],
-        "prefill_tokens": prefill_tokens or reference.length // 2,
-        "reference": str(reference.path),
-        "tokenizer": str(reference.checkpoint / "tokenizer.json"),
-        "text": text[:TEXT_CHARS],
-        "threads": threads,
-    }
-    answer = child.call(
-        "shortstack.certify:verify_here",
-        request,
-        timeout_s=timeout_s,
-        what=f"running {artifact.path.name} in {chosen}",
-        progress=progress,
-    )
+    with runnable(artifact) as (path, fmt):
+        chosen = runtime or runtimes_for(fmt)[0]
+        request = {
+            "artifact": str(path),
+            "runtime": chosen,
+            "windows": [list(window) for window in windows],
+            "prefill_tokens": prefill_tokens or reference.length // 2,
+            "reference": str(reference.path),
+            "tokenizer": str(reference.checkpoint / "tokenizer.json"),
+            "text": text[:TEXT_CHARS],
+            "threads": threads,
+        }
+        answer = child.call(
+            "shortstack.certify:verify_here",
+            request,
+            timeout_s=timeout_s,
+            what=f"running {artifact.path.name} in {chosen}",
+            progress=progress,
+        )
     return Verification.from_dict(answer)
 
 

@@ -134,6 +134,51 @@ def print_facts(data: Mapping[str, Any], quiet: bool) -> None:
             console.print(f"{name}: {words}", markup=False)
 
 
+def print_export(data: Mapping[str, Any], quiet: bool) -> None:
+    """The facts of an export, what it is to be known for, and the table of a packed one."""
+    print_facts(data, quiet)
+    if quiet or not data.get("worth"):
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    heads = ("tensors", "kind", "entropy", "coded", "MB", "ratio", "in", "out", "why")
+    table = Table(*heads, box=None, pad_edge=False)
+    for row in data["worth"]:
+        speeds = [f"{row[name]:,.0f} MB/s" for name in ("encode_mb_s", "decode_mb_s")]
+        table.add_row(
+            f"{row['n_tensors']} x {row['tensors'].removesuffix('.weight')}",
+            f"{row['kind']} {row['coders']}",
+            f"{row['entropy_bits']:.2f} b",
+            f"{row['coded_bits']:.2f} b",
+            f"{row['coded_bytes'] / 1e6:.1f}",
+            f"{row['ratio']:.2f} x",
+            *speeds,
+            row["reason"],
+        )
+    console = Console(highlight=False, width=160)  # a cut cell is worse than a wrapped line
+    console.print(table)
+    for note in data["artifact"]["notes"]:
+        console.print(note, markup=False)
+
+
+def print_catalogue(data: Mapping[str, Any], quiet: bool) -> None:
+    """What each variant of a catalogue costs."""
+    print_facts(data, quiet)
+    if quiet:
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    for row in data["variants"]:
+        console.print(
+            f"{row['name']}: {row['coded_bytes'] / 1e6:,.1f} MB alone, "
+            f"{row['new_bytes'] / 1e6:,.1f} MB added ({row['n_shared']} of {row['n_tensors']} "
+            f"tensors shared); unpacked {row['plain_bytes'] / 1e6:,.1f} MB",
+            markup=False,
+        )
+
+
 def _nested(value: Any) -> bool:
     """Facts within a fact, or a list of them, such as every step of a training."""
     first = value[0] if isinstance(value, list | tuple) and value else value

@@ -9,10 +9,10 @@ from typing import Any
 from shortstack.artifact import ExportSpec
 from shortstack.errors import ShortstackError
 
-EXACT = frozenset({"F32", "F16", "fp32", "fp16"})
+EXACT = frozenset({"F32", "F16", "fp32", "fp16", "lossless"})
 """Precisions that must reproduce the checkpoint: no recipe can loosen their bounds."""
 
-NOT_TYPES = ("builder",)
+NOT_TYPES = ("builder", "coder", "effort")
 """Options that do not say how weights are stored."""
 
 EXACT_KL = 1e-4

@@ -19,6 +19,7 @@ from shortstack.gguf_header import GGML_TYPES, GgufHeader, read_header
 from shortstack.intake import resolve
 from shortstack.manifest import read_manifest
 from shortstack.multiplied import EMBEDDING, experts_in_use, of_checkpoint, of_gguf
+from shortstack.packed.runnable import refuse_packed
 
 CHECKPOINT = "checkpoint"
 FOREIGN = "not made by shortstack: its checkpoint is not known"
@@ -37,8 +38,9 @@ def benchable(reference: str, dtype: str = "float32", quantize: str = "none") ->
             f"{reference} is to be downloaded first. Download it with: hf download {target}, then "
             "name its folder."
         )
-    place = Path(target)
-    return _multiplied(_found(place, reference, dtype, quantize))
+    found = _found(Path(target), reference, dtype, quantize)
+    refuse_packed(found.path)
+    return _multiplied(found)
 
 
 def _multiplied(artifact: Artifact) -> Artifact:
@@ -59,6 +61,7 @@ def _multiplied(artifact: Artifact) -> Artifact:
 
 def _found(place: Path, reference: str, dtype: str, quantize: str) -> Artifact:
     if place.is_file():
+        refuse_packed(place)
         beside = (read_manifest(place.parent) or {}).get("artifact")
         ours = isinstance(beside, dict) and beside.get("path") == place.name
         return open_artifact(place.parent) if ours else _gguf(place)

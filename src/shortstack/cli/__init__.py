@@ -15,6 +15,7 @@ from shortstack.cli import bench as cli_bench
 from shortstack.cli import evaluate as cli_eval
 from shortstack.cli import heal as cli_heal
 from shortstack.cli import lm_eval as cli_lm_eval
+from shortstack.cli import packed as cli_packed
 from shortstack.cli import repair as cli_repair
 from shortstack.cli import report as cli_report
 from shortstack.cli import trim as cli_trim
@@ -25,6 +26,7 @@ from shortstack.cli.shared import (
     Out,
     QuietOption,
     Text,
+    Zst,
     answer,
     user_errors,
 )
@@ -141,12 +143,15 @@ def prune(
 @user_errors
 def export(
     model: Model,
-    to: Annotated[str, typer.Option(help="FORMAT:PRECISION, e.g. gguf:Q8_0 or onnx:int4.")],
+    to: Annotated[
+        str, typer.Option(help="FORMAT:PRECISION, e.g. gguf:Q8_0 or onnx:int4; or packed.")
+    ],
     out: Out,
     option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, e.g. head=Q6_K.")] = None,
     text: Text = "spdx",
     max_perplexity_ratio: Annotated[float, typer.Option(help="Gate of a quantized file.")] = 1.25,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
+    zst: Zst = False,
     dry_run: DryRun = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -166,9 +171,10 @@ def export(
         out,
         threads=threads or usable_cores(),
         dry_run=dry_run,
+        zst=zst,
         display=terminal.display(quiet or as_json),
     )
-    answer(result, as_json, lambda: terminal.print_facts(result, quiet))
+    answer(result, as_json, lambda: terminal.print_export(result, quiet))
 
 
 @app.command()
@@ -197,6 +203,8 @@ app.command("eval")(cli_eval.evaluate)
 app.command()(cli_repair.repair)
 app.command()(cli_report.report)
 app.command()(cli_trim.trim)
+app.command()(cli_packed.unpack)
+app.command()(cli_packed.catalogue)
 app.command()(cli_heal.streamline)
 app.command("lm-eval", context_settings=cli_lm_eval.SETTINGS)(cli_lm_eval.lm_eval)
 

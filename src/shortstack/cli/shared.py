@@ -33,6 +33,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Where the result goes; m
 Text = Annotated[
     str, typer.Option(help="Your text: .txt, .jsonl with a field 'text', or spdx (licences).")
 ]
+Zst = Annotated[bool, typer.Option("--zst", help="Of a .gguf file also write .gguf.zst.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No bars, no table.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON line.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, write nothing.")]

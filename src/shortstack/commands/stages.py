@@ -16,7 +16,7 @@ from shortstack.checkpoint import Checkpoint
 from shortstack.devices.host import check_threads
 from shortstack.devices.report import ReportData, write_report
 from shortstack.disk import require_space
-from shortstack.errors import ShortstackError
+from shortstack.errors import ShortstackError, require
 from shortstack.export import exporter
 from shortstack.footprint import in_words
 from shortstack.intake import model_paths, open_model, preview_model
@@ -30,6 +30,7 @@ from shortstack.manifest import (
     write_manifest,
     write_text,
 )
+from shortstack.packed.worth import read_worth
 from shortstack.progress import Display
 from shortstack.prune.plan import PrunePlan, parse_removal, read_plan
 from shortstack.recipe import (
@@ -140,7 +141,7 @@ def prune_model(
                 pruned = prune.apply_plan(checkpoint, made, partial, progress=progress)
                 facts = steps.cut_facts(checkpoint, made, pruned)
                 kept = write_manifest(partial, "prune", key, facts)
-    return {"checkpoint": str(out), **_facts(kept)}
+    return {"checkpoint": str(out), **facts_of(kept)}
 
 
 def _fitting_plan(drop: str | None, plan_file: Path | None, checkpoint: Checkpoint) -> PrunePlan:
@@ -167,9 +168,15 @@ def export(
     threads: int,
     dry_run: bool,
     display: Display,
+    zst: bool = False,
 ) -> dict[str, Any]:
-    """Export one artifact into the folder `out`, proven or not at all."""
+    """Export one artifact into the folder `out`, proven or not at all.
+
+    `zst`: of a GGUF file also NAME.gguf.zst, for a download.
+    """
     check_ours(out, "export")
+    if zst:
+        _check_zst(wanted)
     check_apart(out, model_paths(model))
     check_threads(threads)
     require_pytorch()
@@ -185,7 +192,8 @@ def export(
     corpus = open_corpus(text)
     with opened(model, out, display) as checkpoint:
         exporter(spec.format).check(checkpoint, spec)  # of a hub model nothing was known before
-        key = step_key("export", steps.export_inputs(checkpoint, wanted, corpus))
+        inputs = steps.export_inputs(checkpoint, wanted, corpus)
+        key = step_key("export", {**inputs, "zst": True} if zst else inputs)
         kept = finished(out, key)
         if kept is None:
             with staged(out, "export") as partial:
@@ -209,9 +217,29 @@ def export(
                         progress,
                     )
                 log_probs.unlink()
+                if zst:
+                    facts["download"] = _compress(partial, facts, display)
                 kept = write_manifest(partial, "export", key, facts)
                 display.note(in_words(facts["footprint"]))
-    return {"folder": str(out), **_facts(kept)}
+    worth = read_worth(out)
+    return {"folder": str(out), **facts_of(kept), **({"worth": worth} if worth else {})}
+
+
+def _check_zst(wanted: ExportRecipe) -> None:
+    if wanted.spec.format != "gguf":
+        raise ShortstackError(f"--zst is for GGUF files, not for {wanted.to}. Leave it out.")
+    require(("zstandard",), "pack", "Zstandard")
+
+
+def _compress(folder: Path, facts: dict[str, Any], display: Display) -> dict[str, Any]:
+    from shortstack.packed.download import compress_file
+
+    made = compress_file(folder / facts["artifact"]["path"])
+    plain, coded = made["plain_bytes"], made["zst_bytes"]
+    display.note(
+        f"{made['file']}: {coded / 1e6:,.1f} MB of {plain / 1e6:,.1f} MB, {plain / coded:.2f} x"
+    )
+    return made
 
 
 def open_artifact(folder: Path) -> Artifact:
@@ -252,7 +280,7 @@ def report(run_folder: Path, out: Path) -> dict[str, Any]:
     return {"report": str(out / "report.html")}
 
 
-def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
+def facts_of(manifest: dict[str, Any]) -> dict[str, Any]:
     """What a user wants of a manifest; the rest is for us."""
     ours = ("tool", "version", "schema", "step", "key", "files")
     return {name: value for name, value in manifest.items() if name not in ours}

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shortstack.checkpoint import Checkpoint
+from shortstack.checkpoint import SIDECAR, Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.evaluate.codec import Codec, FolderCodec
 from shortstack.evaluate.scorer import Scorer
 from shortstack.families import context_tokens
 from shortstack.gguf_header import read_header
 from shortstack.manifest import read_manifest
+from shortstack.packed.runnable import refuse_packed
 from shortstack.runtimes import RUNTIMES, open_session, runtimes_for
 
 PYTORCH = "pytorch"
@@ -119,7 +120,9 @@ def target_of(
     `runtime`: another than the format's default. Raises ShortstackError where nothing of it lies
     there, and for a runtime that does not open it.
     """
+    refuse_packed(place)
     path, fmt, export = _recognised(place)
+    refuse_packed(path)
     fitting = runtimes_for(fmt, [runtime] if runtime else ())
     if not fitting:
         opens = ", ".join(name for name, (opened, _) in RUNTIMES.items() if opened == fmt)
@@ -165,8 +168,8 @@ def _files(path: Path, fmt: str) -> list[Path]:
     if path.is_file():
         return [path]
     wanted = {"onnx": ("*.onnx*", "*.data", "*.json"), "checkpoint": ("*.safetensors", "*.json")}
-    ours = "shortstack.json"
-    found = {file for pattern in wanted[fmt] for file in path.glob(pattern) if file.name != ours}
+    ours = ("shortstack.json", SIDECAR)  # the weights hold what the codes say
+    found = {f for pattern in wanted[fmt] for f in path.glob(pattern) if f.name not in ours}
     return sorted(found)
 
 

@@ -17,6 +17,7 @@ SOURCES = {
     "folder": "shortstack.intake.folder",
     "gguf": "shortstack.intake.gguf_file",
     "hub": "shortstack.intake.hub",
+    "packed": "shortstack.intake.packed_file",
 }
 """Kind of source -> module that offers what `Source` says."""
 
@@ -84,10 +85,12 @@ def resolve(reference: str) -> tuple[str, str]:
         return "folder", str(path)
     if path.is_file() and path.suffix.lower() == ".gguf":
         return "gguf", str(path)
+    if path.is_file() and _is_packed(path):
+        return "packed", str(path)
     if path.is_file():
         raise ShortstackError(
             f"{path} is neither a .gguf file nor a model folder. "
-            "Name the folder that holds config.json, or a .gguf file."
+            "Name the folder that holds config.json, a .gguf file, or a packed file."
         )
     is_file = path.suffix.lower() == ".gguf"
     if not is_file and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", reference):
@@ -125,6 +128,17 @@ def package_file(target: str) -> Path:
         if path.exists():
             return path
     raise ShortstackError(f"package {package!r} has no {inside!r}. Check the path after the slash.")
+
+
+def _is_packed(path: Path) -> bool:
+    """A packed file, or a variant of a catalogue (packed/catalogue.py)."""
+    if path.suffix == ".json":
+        return (path.parent / "catalogue.json").is_file() and path.name != "catalogue.json"
+    if path.suffix.lower() != ".safetensors":
+        return False
+    from shortstack.packed.file import PackedFile
+
+    return PackedFile.looks_like(path)
 
 
 def _source(kind: str) -> Source:

@@ -1,0 +1,101 @@
+"""`shortstack unpack`: a packed model into a folder, or on into a file that a runtime opens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shortstack.commands import stages
+from shortstack.errors import ShortstackError
+from shortstack.intake import model_paths
+from shortstack.manifest import (
+    check_apart,
+    check_ours,
+    finished,
+    staged,
+    step_key,
+    write_manifest,
+)
+from shortstack.packed.catalogue import BLOBS, NAME, add, is_catalogue, open_catalogue
+from shortstack.packed.catalogue import variant as find_variant
+from shortstack.packed.choose import options
+from shortstack.packed.read import open_packed
+from shortstack.packed.unpack import unpack_folder
+from shortstack.progress import Display
+from shortstack.recipe import ExportRecipe
+
+TARGETS = ("hf", "gguf:Q8_0", "onnx:int8")
+
+
+def unpack(
+    model: Path,
+    to: str,
+    out: Path,
+    *,
+    variant: str | None,
+    zst: bool,
+    text: str,
+    max_perplexity_ratio: float,
+    threads: int,
+    display: Display,
+) -> dict[str, Any]:
+    """Unpack into the folder `out`; other formats than `hf` are exports, proven as every one."""
+    if to not in TARGETS:
+        raise ShortstackError(
+            f"unpack writes {', '.join(TARGETS)}, not {to!r}. For other formats: "
+            f"shortstack export {model} --to {to}"
+        )
+    if model.is_dir() and is_catalogue(model):
+        model = find_variant(model, variant)
+    elif variant is not None:
+        raise ShortstackError(f"{model} is no catalogue, it has no variants. Leave --variant out.")
+    if to != "hf":
+        wanted = ExportRecipe(to=to, max_perplexity_ratio=max_perplexity_ratio)
+        return stages.export(
+            str(model), wanted, text, out, threads=threads, dry_run=False, display=display, zst=zst
+        )
+    if zst:
+        raise ShortstackError("--zst is for GGUF files, not for hf. Leave it out.")
+    packed = open_packed(model)
+    check_ours(out, "unpack")
+    check_apart(out, [model])
+    key = step_key("unpack", {"packed": packed.sha256})
+    kept = finished(out, key)
+    if kept is None:
+        with display.step("Unpack") as progress, staged(out, "unpack") as partial:
+            checkpoint = unpack_folder(packed, partial, progress)
+            facts = {
+                "packed_sha256": packed.sha256,
+                "sha256": checkpoint.sha256,
+                "n_tensors": len(checkpoint.tensors),
+                "plain_bytes": packed.contents.plain_bytes,
+            }
+            kept = write_manifest(partial, "unpack", key, facts)
+    return {"checkpoint": str(out), **stages.facts_of(kept)}
+
+
+def catalogue(
+    models: Sequence[str], out: Path, texts: Sequence[str], display: Display
+) -> dict[str, Any]:
+    """Add models, each `MODEL` or `NAME=MODEL`, to the catalogue `out`."""
+    allowed = options(dict(map(stages.split_option, texts)))
+    named = [_named(text) for text in models]
+    check_apart(out, [path for _, model in named for path in model_paths(model)])
+    open_catalogue(out)
+    costs = []
+    for name, model in named:
+        with (
+            stages.opened(model, out, display) as checkpoint,
+            display.step(f"Pack {name}") as progress,
+        ):
+            costs.append(add(out, name, checkpoint, allowed, progress).to_dict())
+    blobs = [file.stat().st_size for file in (out / BLOBS).iterdir()]
+    return {"catalogue": str(out), "total_bytes": sum(blobs), "variants": costs}
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, model = text.partition("=")
+    if equals and NAME.fullmatch(name) and not Path(text).exists():
+        return name, model
+    return Path(text).name.removesuffix(".gguf"), text

@@ -1,0 +1,165 @@
+"""Is it worth it: every coder tried on a sample of a tensor, the choice with its reason.
+
+By sizes alone, never by speeds: the same model is packed alike everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shortstack.errors import require, unknown
+from shortstack.packed.coders import Bytes, coder
+from shortstack.packed.tensors import entropy_bits, split_floats
+
+SAMPLE_BYTES = 2**18
+"""Of a stream, in SAMPLES places."""
+
+SAMPLES = 4
+LEAST_SAVING = 0.01
+"""What coding must save of a tensor, or of a stream, to be worth a decoder at all."""
+
+ANS_SAVING = 0.02
+"""What ANS must save beyond Zstandard, which decodes ten times as fast. Of floats it never does:
+the Huffman codes of BF16 exponents lose 0.06 bits of 10.6."""
+
+ANS_LEAST_BYTES = 2**16
+"""Smaller streams have too few lanes to be fast, and tables that weigh."""
+
+EFFORTS = {
+    "fast": ("fast",),
+    "matching": ("fast", "matching"),
+    "best": ("fast", "matching", "best"),
+}
+"""Word of the option -> efforts of Zstandard that are tried."""
+
+CODER_WORDS: dict[str, tuple[str, ...]] = {
+    "auto": ("zstd", "ans"),
+    "zstd": ("zstd",),
+    "ans": ("ans",),
+    "none": (),
+}
+Tries = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class StreamChoice:
+    """How one stream is coded, and what it takes of its plain bytes."""
+
+    coder: str
+    effort: str
+    share: float
+
+
+PLAIN = StreamChoice("none", "fast", 1.0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a tensor is packed. `entropy_bits` is a weight's, each stream's bytes independent."""
+
+    kind: str
+    streams: tuple[StreamChoice, ...]
+    entropy_bits: float
+    reason: str
+
+    @property
+    def coders(self) -> tuple[str, ...]:
+        return tuple(stream.coder for stream in self.streams)
+
+    @property
+    def coded(self) -> bool:
+        return any(coder != "none" for coder in self.coders)
+
+
+OPTIONS: dict[str, tuple[str, ...]] = {"coder": tuple(CODER_WORDS), "effort": tuple(EFFORTS)}
+"""`coder`: what may be used (auto: Zstandard, and ANS where it saves much more); `effort` of
+Zstandard: fast (Huffman codes nearly alone), matching (also level 3), best (also level 19)."""
+
+
+def options(given: Mapping[str, str]) -> Tries:
+    """What the options of the command line let us try. Raises ShortstackError for unknown ones, and
+    MissingExtraError where Zstandard is not installed."""
+    for option, value in given.items():
+        if option not in OPTIONS:
+            raise unknown("option of the packed export", option, OPTIONS)
+        if value not in OPTIONS[option]:
+            raise unknown(f"value of {option}", value, OPTIONS[option])
+    found = tries(given.get("coder", "auto"), given.get("effort", "matching"))
+    if any(name == "zstd" for name, _ in found):
+        require(("zstandard",), "pack", "Zstandard")
+    return found
+
+
+def tries(word: str, effort: str) -> Tries:
+    """(coder, effort) that the options let us try, in the order of decoding speed."""
+    found = []
+    for name in CODER_WORDS[word]:
+        found += [(name, e) for e in (EFFORTS[effort] if name == "zstd" else ("fast",))]
+    return found
+
+
+def places(n_elements: int, columns: int, itemsize: int) -> list[tuple[int, int]]:
+    """(start, stop) of the sample: whole rows in SAMPLES places, or all of a small tensor."""
+    wanted = SAMPLE_BYTES // itemsize
+    if n_elements <= SAMPLES * wanted:
+        return [(0, n_elements)]
+    length = max(columns, wanted // columns * columns) if columns <= wanted else wanted
+    last = (n_elements - length) // columns * columns
+    starts = {last * i // (SAMPLES - 1) // columns * columns for i in range(SAMPLES)}
+    return [(start, start + length) for start in sorted(starts)]
+
+
+def choose_floats(data: Bytes, itemsize: int, columns: int, allowed: Tries) -> Choice:
+    """Split or not, by the sample's bytes `data`, shape (n * itemsize,)."""
+    if ("ans", "fast") in allowed and len(allowed) > 1:
+        allowed = [t for t in allowed if t[0] != "ans"]
+    streams = split_floats(data, itemsize)
+    bits = sum(entropy_bits(stream) for stream in streams)
+    split = tuple(choose_stream(stream, columns, allowed) for stream in streams)
+    whole = (choose_stream(data, columns * itemsize, [t for t in allowed if t[0] != "ans"]),)
+    share_split = sum(stream.share for stream in split) / itemsize
+    if min(share_split, whole[0].share) > 1 - LEAST_SAVING:
+        return Choice("raw", (PLAIN,), bits, f"nothing saves {LEAST_SAVING:.0%}")
+    if whole[0].share < share_split:
+        return Choice("raw", whole, bits, "its values repeat: better uncut")
+    return Choice("float-split", split, bits, "exponents are coded alone")
+
+
+def choose_codes(codes: Bytes, steps: Bytes, columns: int, allowed: Tries) -> Choice:
+    """Coders of the two streams of row codes."""
+    chosen = choose_stream(codes, columns, allowed)
+    reasons = {
+        "none": f"nothing saves {LEAST_SAVING:.0%}",
+        "zstd": f"ANS would not save {ANS_SAVING:.0%} more",
+        "ans": f"saves {ANS_SAVING:.0%} beyond Zstandard",
+    }
+    reason = reasons[chosen.coder] if len({name for name, _ in allowed}) > 1 else "as asked"
+    steps_choice = choose_stream(steps, 2, [t for t in allowed if t[0] != "ans"])
+    return Choice("row-codes", (chosen, steps_choice), entropy_bits(codes), reason)
+
+
+def choose_stream(data: Bytes, columns: int, allowed: Tries) -> StreamChoice:
+    """The coder that pays for one stream."""
+    best = PLAIN
+    for name, effort in allowed:
+        if name == "ans" and data.size < ANS_LEAST_BYTES:
+            continue
+        tried = _try(name, effort, data, columns)
+        enough = ANS_SAVING if (name, best.coder) == ("ans", "zstd") else LEAST_SAVING
+        if name == best.coder:
+            enough = 0.0
+        if tried.share < best.share * (1 - enough):
+            best = tried
+    return best
+
+
+def _try(name: str, effort: str, data: Bytes, columns: int) -> StreamChoice:
+    coded = coder(name).encode(data, columns, effort)
+    return StreamChoice(name, effort, len(coded) / max(1, data.size))
+
+
+def joined(parts: Sequence[Bytes]) -> Bytes:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

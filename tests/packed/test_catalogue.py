@@ -1,0 +1,134 @@
+"""Variants in one folder share what is equal, and each comes back byte for byte."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.command_line import copy, fails
+from tests.packed_models import write_coded
+
+from shortstack.checkpoint import Checkpoint
+from shortstack.cli import main
+from shortstack.errors import ShortstackError
+from shortstack.packed.catalogue import BLOBS, Cost, Variant, add, open_catalogue, variants
+from shortstack.packed.choose import tries
+from shortstack.packed.read import verify
+from shortstack.packed.unpack import unpack_folder
+
+ALLOWED = tries("zstd", "fast")
+
+
+@pytest.fixture(scope="module")
+def cuts(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> dict[str, Path]:
+    """The tiny model and two cuts of it."""
+    folder = tmp_path_factory.mktemp("cuts")
+    found = {"base": copy(tiny, folder / "base")}
+    for name, drop in (("one", "2"), ("two", "1-2")):
+        found[name] = folder / name
+        args = ["prune", str(tiny), "--drop", drop, "-o", str(found[name]), "--quiet"]
+        assert main(args) == 0
+        (found[name] / "shortstack.json").unlink()  # says when files were written
+    return found
+
+
+@pytest.fixture(scope="module")
+def stored(
+    cuts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Cost]]:
+    folder = tmp_path_factory.mktemp("catalogue") / "models"
+    open_catalogue(folder)
+    costs = {name: add(folder, name, Checkpoint.open(path), ALLOWED) for name, path in cuts.items()}
+    return folder, costs
+
+
+def test_a_cut_costs_its_config_and_the_heads_of_its_files(
+    stored: tuple[Path, dict[str, Cost]], cuts: dict[str, Path]
+) -> None:
+    folder, costs = stored
+    assert variants(folder) == ["base", "one", "two"]
+    for name in ("one", "two"):
+        assert costs[name].n_shared == costs[name].n_tensors
+        assert costs[name].new_bytes < 6000 < costs[name].coded_bytes
+    blobs = sum(file.stat().st_size for file in (folder / BLOBS).iterdir())
+    assert blobs == sum(cost.new_bytes for cost in costs.values())
+
+
+def test_every_variant_comes_back_byte_for_byte(
+    stored: tuple[Path, dict[str, Cost]], cuts: dict[str, Path], tmp_path: Path
+) -> None:
+    for name, original in cuts.items():
+        assert (
+            main(
+                ["unpack", str(stored[0]), "--variant", name, "-o", str(tmp_path / name), "--quiet"]
+            )
+            == 0
+        )
+        for file in original.iterdir():
+            assert (tmp_path / name / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_row_codes_and_floats_of_equal_weights_are_kept_apart(tiny: Path, tmp_path: Path) -> None:
+    coded = write_coded(tiny, tmp_path / "coded")
+    plain = copy(coded.path, tmp_path / "plain")
+    (plain / "row_codes.safetensors").unlink()
+    open_catalogue(tmp_path / "all")
+    add(tmp_path / "all", "plain", Checkpoint.open(plain), ALLOWED)
+    cost = add(tmp_path / "all", "coded", coded, ALLOWED)
+    vectors = [info for info in coded.tensors.values() if len(info.shape) == 1]
+    assert cost.n_shared == len(vectors)
+    (tmp_path / "again").mkdir()
+    again = unpack_folder(Variant(tmp_path / "all" / "coded.json"), tmp_path / "again")
+    assert again.sha256 == coded.sha256
+
+
+def test_a_variant_is_a_model_for_other_commands(
+    stored: tuple[Path, dict[str, Cost]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    args = ["prune", str(stored[0] / "one.json"), "--drop", "0", "-o", str(tmp_path / "cut")]
+    assert main([*args, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_layers"] == 4
+
+
+def test_damage_in_a_catalogue_is_found_and_named(cuts: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "all"
+    open_catalogue(folder)
+    add(folder, "one", Checkpoint.open(cuts["one"]), ALLOWED)
+    held = Variant(folder / "one.json")
+    entry = held.contents.tensors["model.layers.3.mlp.up_proj.weight"]
+    blob = folder / BLOBS / entry.coded_sha256
+    content = bytearray(blob.read_bytes())
+    content[len(content) // 2] ^= 4
+    blob.write_bytes(content)
+    with pytest.raises(ShortstackError, match=r"layers\.3\.mlp\.up_proj\.weight have changed"):
+        verify(held)
+    blob.unlink()
+    with pytest.raises(ShortstackError, match=r"blob of model\.layers\.3\.mlp\.up_proj\.weight"):
+        verify(held)
+    text = (folder / "one.json").read_text()
+    (folder / "one.json").write_text(text.replace("zstd", "none", 1))
+    with pytest.raises(ShortstackError, match="checksum is wrong"):
+        Variant(folder / "one.json")
+
+
+def test_what_cannot_be_a_catalogue_or_a_variant_is_refused(
+    stored: tuple[Path, dict[str, Cost]],
+    cuts: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, base = str(stored[0]), str(cuts["base"])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    assert "no catalogue and not empty" in fails(
+        ["catalogue", base, "-o", str(tmp_path / "other")], capsys
+    )
+    assert "another model already" in fails(
+        ["catalogue", f"one={base}", "-o", folder, "--quiet"], capsys
+    )
+    assert "unknown variant" in fails(["unpack", folder, "-o", str(tmp_path / "x")], capsys)
+    assert "Known: base, one, two" in fails(
+        ["unpack", folder, "--variant", "three", "-o", str(tmp_path / "x")], capsys
+    )
+    assert variants(stored[0]) == ["base", "one", "two"]

@@ -1,0 +1,108 @@
+"""The commands: export, prove, unpack; on to a GGUF file with the very codes, and its download."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import zstandard
+from tests.command_line import fails
+from tests.packed_models import write_coded
+
+from shortstack.checkpoint import Checkpoint
+from shortstack.cli import main
+from shortstack.packed.file import PackedFile
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, object]:
+    assert main([*args, "--json"]) == 0
+    answer: dict[str, object] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return answer
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks of a few tokens."""
+    from shortstack.commands import stages
+    from shortstack.recipe import VerifyRecipe
+
+    few = VerifyRecipe(windows=2, window_tokens=32, decode_tokens=8)
+    monkeypatch.setattr(stages, "VerifyRecipe", lambda: few)
+
+
+@pytest.mark.usefixtures("quick")
+def test_export_packs_and_proves_and_unpack_gives_the_folder_back(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = run(capsys, "export", str(tiny), "--to", "packed", "-o", str(tmp_path / "packed"))
+    proof = answer["verification"]
+    assert isinstance(proof, dict)
+    assert proof["runtime"] == "pytorch"
+    assert proof["kl"] < 1e-8  # the cache: float32 sums in another order
+    assert proof["tokenizer_equal"] is True
+    names = sorted(file.name for file in (tmp_path / "packed").iterdir())
+    assert names == ["model.packed.safetensors", "shortstack.json", "worth.json"]
+    file = tmp_path / "packed" / "model.packed.safetensors"
+    run(capsys, "unpack", str(file), "-o", str(tmp_path / "again"))
+    assert Checkpoint.open(tmp_path / "again").sha256 == Checkpoint.open(tiny).sha256
+    rows = answer["worth"]
+    assert isinstance(rows, list)
+    assert sum(row["n_tensors"] for row in rows) == len(PackedFile(file).contents.tensors)
+
+
+@pytest.mark.usefixtures("quick")
+def test_unpack_goes_on_to_gguf_and_its_download(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coded = write_coded(tiny, tmp_path / "coded")
+    run(capsys, "export", str(coded.path), "--to", "packed", "-o", str(tmp_path / "packed"))
+    file = str(tmp_path / "packed" / "model.packed.safetensors")
+    out = tmp_path / "gguf"
+    answer = run(capsys, "unpack", file, "--to", "gguf:Q8_0", "--zst", "-o", str(out))
+    artifact = answer["artifact"]
+    assert isinstance(artifact, dict)
+    assert any("keep their row codes" in note for note in artifact["notes"])
+    plain, coded_bytes = out / "model-Q8_0.gguf", (out / "model-Q8_0.gguf.zst").read_bytes()
+    assert zstandard.ZstdDecompressor().decompress(coded_bytes) == plain.read_bytes()
+    assert len(coded_bytes) < 0.75 * plain.stat().st_size
+    direct = tmp_path / "direct"
+    run(capsys, "export", str(coded.path), "--to", "gguf:Q8_0", "-o", str(direct))
+    tensors = plain.read_bytes()[-50_000:]
+    assert (direct / plain.name).read_bytes()[-50_000:] == tensors
+
+
+def test_what_cannot_be_unpacked_is_refused_in_one_line(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["-o", str(tmp_path / "out")]
+    plain = str(tiny / "model.safetensors")
+    assert "not a packed model" in fails(["unpack", plain, *out], capsys)
+    assert "no packed file" in fails(["unpack", str(tmp_path / "none"), *out], capsys)
+    assert "unpack writes hf, gguf:Q8_0" in fails(
+        ["unpack", plain, "--to", "gguf:Q4_0", *out], capsys
+    )
+    assert "--zst is for GGUF" in fails(
+        ["export", str(tiny), "--to", "packed", "--zst", *out], capsys
+    )
+    assert "unknown value of coder" in fails(
+        ["export", str(tiny), "--to", "packed", "--option", "coder=zip", *out], capsys
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_packed_file_is_a_model_to_export_and_no_model_to_run(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "export", str(tiny), "--to", "packed", "-o", str(tmp_path / "packed"))
+    file = str(tmp_path / "packed" / "model.packed.safetensors")
+    out = ["-o", str(tmp_path / "out")]
+    text = str(tmp_path / "words.txt")
+    Path(text).write_text("Permission is hereby granted, free of charge, to any person. " * 50)
+    expected = run(capsys, "export", file, "--to", "packed", "--dry-run", *out)
+    assert Path(file).stat().st_size < int(str(expected["size_bytes"]))
+    for place in (file, str(tmp_path / "packed")):
+        assert "is packed: no runtime" in fails(["bench", place, *out], capsys)
+        assert "is packed: no runtime" in fails(["eval", place, "--text", text, *out], capsys)
+    assert not (tmp_path / "out").exists()
