@@ -25,6 +25,8 @@ from shortstack.families import (
 from shortstack.families.table import Part
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+SIDECAR = "row_codes.safetensors"
+"""Codes and steps of quantized weights (`shortstack.row_codes`), beside the shards."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -245,7 +247,7 @@ def _shard_names(path: Path) -> list[str]:
                 "Download it again."
             )
         return names
-    names = sorted(p.name for p in path.glob("*.safetensors"))
+    names = sorted(p.name for p in path.glob("*.safetensors") if p.name != SIDECAR)
     if names:
         return names
     pickles = sorted(p.name for pattern in PICKLES for p in path.glob(pattern))
