@@ -26,14 +26,14 @@ class Matrix:
     """What has to be known of a matrix to choose its steps.
 
     `peaks`: the largest absolute weight of each row, (rows,). `sample`: whole rows of it, evenly
-    spaced, and `sampled`, their numbers.
+    spaced, and `sampled`, their numbers. `spreads`: the root mean square of each row, positive.
     """
 
     name: str
     rows: int
     columns: int
     peaks: Floats
-    spread: float
+    spreads: Floats
     sample: Floats
     sampled: NDArray[np.int64]
 
@@ -78,12 +78,14 @@ def look_at(reader: ShardReader, checkpoint: Checkpoint, name: str) -> Matrix:
     """Read a matrix once for its peaks and a sample of its rows."""
     rows, columns = checkpoint.tensors[name].shape
     every = max(1, rows * columns // SAMPLE_WEIGHTS)
-    peaks, kept, power, at = [], [], 0.0, 0
+    peaks, kept, spreads, at = [], [], [], 0
     for block in row_blocks(reader, checkpoint, name):
         peaks.append(np.abs(block).max(axis=1))
-        power += float(np.square(block, dtype=np.float64).sum())
+        spreads.append(np.sqrt(np.square(block).mean(axis=1)))
         kept.append(block[-at % every :: every].copy())
         at += len(block)
-    spread = float(np.sqrt(power / (rows * columns)))
     sampled = np.arange(0, rows, every)
-    return Matrix(name, rows, columns, np.concatenate(peaks), spread, np.concatenate(kept), sampled)
+    wide = np.maximum(np.concatenate(spreads), np.float32(2.0**-24))  # a row of zeros has a step
+    return Matrix(
+        name, rows, columns, np.concatenate(peaks), wide, np.concatenate(kept), sampled
+    )

@@ -12,7 +12,7 @@ from shortstack.checkpoint import Checkpoint
 from shortstack.progress import OnProgress
 from shortstack.prune.quantize.matrices import Matrix, row_blocks
 from shortstack.prune.quantize.rate import MatrixRate, rate_of
-from shortstack.prune.quantize.uniform import code_counts, fitted_steps, nearest_codes, stored_steps
+from shortstack.prune.quantize.uniform import fitted_steps, nearest_codes, stored_steps
 from shortstack.row_codes import CODE_MAX, RowCodes, RowCodesWriter
 from shortstack.shards import ShardReader
 
@@ -53,6 +53,6 @@ def write_plain(
                 at += len(block)
             writer.write(matrix.name, RowCodes(codes, fitted))
             step = float(np.median(fitted))
-            rates.append(rate_of(matrix.name, shapes[matrix.name], code_counts(codes), step))
+            rates.append(rate_of(matrix.name, shapes[matrix.name], codes, step))
             progress(done, len(matrices))
     return rates

@@ -23,12 +23,15 @@ from shortstack.row_codes import CODE_MAX, STEP_BITS
 TABLE_BITS = 16
 """Of a code's frequency in the table that a decoder needs."""
 
+GROUPS = 8
+"""Of rows with a table of their own, as the packed format's ANS coder has."""
+
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class MatrixRate:
-    """Bits of one matrix: its codes in one i.i.d. coder, the coder's table, a step a row."""
+    """Bits of one matrix: its codes in i.i.d. coders, the coders' tables, a step a row."""
 
     name: str
     n_weights: int
@@ -43,14 +46,29 @@ class MatrixRate:
         return (self.code_bits + self.side_bits) / self.n_weights
 
 
-def rate_of(
-    name: str, shape: tuple[int, int], counts: NDArray[np.int64], step: float
-) -> MatrixRate:
-    """The rate of a matrix whose codes occur `counts` times, (256,) from -128 on."""
+def coded_bits(codes: NDArray[np.int8]) -> tuple[float, float, int]:
+    """Bits of the codes, more bits a row, and bits of the coders' tables.
+
+    One i.i.d. coder for the matrix, or one for each of GROUPS groups of rows of like spread and a
+    byte a row that says which: whichever takes less.
+    """
+    counts = code_counts(codes)
+    whole = (entropy_bits(counts), 0.0, TABLE_BITS * int((counts > 0).sum()))
+    spreads = np.square(codes, dtype=np.float32).sum(axis=1)
+    order = np.argsort(spreads, kind="stable")
+    parts = [code_counts(codes[part]) for part in np.array_split(order, GROUPS) if part.size]
+    tables = TABLE_BITS * sum(int((part > 0).sum()) for part in parts)
+    grouped = (sum(map(entropy_bits, parts)), 8.0, tables)
+    return min(whole, grouped, key=lambda bits: bits[0] + bits[1] * len(codes) + bits[2])
+
+
+def rate_of(name: str, shape: tuple[int, int], codes: NDArray[np.int8], step: float) -> MatrixRate:
+    """The rate of a matrix with the codes `codes`, of the shape `shape`."""
     rows, columns = shape
-    side = STEP_BITS * rows + TABLE_BITS * int((counts > 0).sum())
-    zeros = float(counts[128]) / (rows * columns)
-    return MatrixRate(name, rows * columns, entropy_bits(counts), side, zeros, step)
+    bits, per_row, tables = coded_bits(codes)
+    side = round((STEP_BITS + per_row) * rows) + tables
+    zeros = 1 - np.count_nonzero(codes) / codes.size
+    return MatrixRate(name, rows * columns, bits, side, zeros, step)
 
 
 def other_bits(checkpoint: Checkpoint, names: Sequence[str]) -> int:
@@ -62,30 +80,25 @@ def other_bits(checkpoint: Checkpoint, names: Sequence[str]) -> int:
 def predicted_bits(matrix: Matrix, steps: Floats) -> float:
     """Bits of a matrix rounded with `steps`, (rows,), from its sample of rows."""
     stored = stored_steps(steps, matrix.peaks, CODE_MAX)[matrix.sampled]
-    counts = code_counts(nearest_codes(matrix.sample, stored, CODE_MAX))
+    bits, per_row, tables = coded_bits(nearest_codes(matrix.sample, stored, CODE_MAX))
     share = matrix.n_weights / matrix.sample.size
-    table = TABLE_BITS * int((counts > 0).sum())
-    return entropy_bits(counts) * share + STEP_BITS * matrix.rows + table
+    return bits * share + (STEP_BITS + per_row) * matrix.rows + tables
 
 
 def scale_for(
-    matrices: Sequence[Matrix],
-    units: Mapping[str, Floats],
-    wanted_bits: float,
-    surplus: Mapping[str, float] | None = None,
+    matrices: Sequence[Matrix], units: Mapping[str, Floats], wanted_bits: float
 ) -> float:
     """The factor on the steps `units` with which all matrices together take `wanted_bits`.
 
-    `surplus`: bits a weight that a matrix takes beyond its prediction. Bisection: a larger step
-    never takes more bits. Raises ShortstackError where no step is large or small enough.
+    Bisection: a larger step takes fewer bits. Raises ShortstackError where no step is large or
+    small enough.
     """
-    extra = sum((surplus or {}).get(m.name, 0.0) * m.n_weights for m in matrices)
 
     def bits(log_scale: float) -> float:
         scale = np.float32(math.exp(log_scale))
-        return extra + sum(predicted_bits(m, units[m.name] * scale) for m in matrices)
+        return sum(predicted_bits(m, units[m.name] * scale) for m in matrices)
 
-    typical = np.median([m.spread / float(np.median(units[m.name])) for m in matrices])
+    typical = np.median([float(np.median(m.spreads / units[m.name])) for m in matrices])
     low, high = math.log(float(typical)) - 6.0, math.log(float(typical)) + 3.0
     most, least = bits(low), bits(high)
     if not least <= wanted_bits <= most:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.disk import require_space
@@ -31,24 +28,19 @@ def layout_of(
     )
 
 
-def write_folder(
-    checkpoint: Checkpoint, out: Path, changed: Mapping[str, NDArray[np.float32]]
-) -> Checkpoint:
+def write_folder(checkpoint: Checkpoint, out: Path) -> Checkpoint:
     """Write the weights that the sidecar in `out` says, and everything else of `checkpoint`.
 
-    `changed`: tensors that are not quantized but have other values, stored in float32. Tokenizer
-    files and the plan of an earlier cut are copied byte for byte. Raises ShortstackError for a
-    full disk.
+    Tokenizer files and the plan of an earlier cut are copied byte for byte. Raises ShortstackError
+    for a full disk.
     """
     sidecar = RowCodesReader(out)
-    layout = layout_of(checkpoint, sidecar.names, tuple(changed))
+    layout = layout_of(checkpoint, sidecar.names)
     require_space(out, layout.n_bytes)
     with ShardReader(checkpoint) as reader, ShardWriter(out, layout) as writer:
         for name in writer.names:
             if name in sidecar.shapes:
                 writer.write(name, _blocks(sidecar.read(name)))
-            elif name in changed:
-                writer.write(name, [to_stored(changed[name], "F32")])
             else:
                 writer.write(name, reader.chunks(name))
     text = json.dumps(_config(checkpoint), indent=2, ensure_ascii=False) + "\n"

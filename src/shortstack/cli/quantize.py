@@ -11,6 +11,7 @@ from shortstack.cli.shared import (
     Model,
     Out,
     QuietOption,
+    Text,
     answer,
     naming_options,
     user_errors,
@@ -22,7 +23,16 @@ def quantize(
     model: Model,
     out: Out,
     bits: Annotated[float, typer.Option(help="Bits a weight of the file, all counted.")] = 4.0,
-    method: Annotated[str, typer.Option(help="plain.")] = "plain",
+    method: Annotated[
+        str, typer.Option(help="compensated (by calibration text), or plain (none needed).")
+    ] = "compensated",
+    text: Text = "spdx",
+    windows: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
+    window_tokens: Annotated[int, typer.Option(min=8, help="Tokens a window.")] = 512,
+    rate_weight: Annotated[
+        float, typer.Option(help="Prefer smaller codes that save bits; 1: at the price of a step.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the tokens that sensitivities are drawn with.")] = 0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -32,9 +42,14 @@ def quantize(
     from shortstack.prune.quantize import QuantizeSettings
 
     with naming_options():
-        settings = QuantizeSettings(bits=bits, method=method)
+        settings = QuantizeSettings(bits=bits, method=method, rate_weight=rate_weight, seed=seed)
     display = terminal.display(quiet or as_json)
-    result = quantize_commands.quantize_model(model, out, settings, display=display)
+    result = quantize_commands.quantize_model(
+        *(model, text, out, settings),
+        windows=windows,
+        window_tokens=window_tokens,
+        display=display,
+    )
 
     def show() -> None:
         if not quiet:

@@ -8,25 +8,51 @@ from pathlib import Path
 from typing import Any
 
 from shortstack.commands.stages import opened
+from shortstack.families import context_tokens
 from shortstack.intake import model_paths
 from shortstack.manifest import check_apart, check_ours, finished, staged, step_key, write_manifest
 from shortstack.progress import Display
 from shortstack.prune.quantize import QuantizeSettings, quantize
+from shortstack.text import open_corpus
+from shortstack.tokens import Encoder
 
 
 def quantize_model(
-    model: str, out: Path, settings: QuantizeSettings, *, display: Display
+    model: str,
+    text: str,
+    out: Path,
+    settings: QuantizeSettings,
+    *,
+    windows: int,
+    window_tokens: int,
+    display: Display,
 ) -> dict[str, Any]:
-    """Quantize `model`; `out` becomes a Hugging Face folder with the sidecar of codes."""
+    """Quantize `model`; `out` becomes a Hugging Face folder with the sidecar of codes.
+
+    `text`: its calibration part, `windows` of `window_tokens` tokens, is what `compensated` is
+    fitted to; `plain` does not open it.
+    """
     check_ours(out, "quantize")
     check_apart(out, model_paths(model))
+    corpus = open_corpus(text) if settings.method == "compensated" else None
     with opened(model, out, display) as checkpoint:
-        inputs = {"model": checkpoint.sha256, "settings": dataclasses.asdict(settings)}
+        inputs: dict[str, Any] = {
+            "model": checkpoint.sha256,
+            "settings": dataclasses.asdict(settings),
+        }
+        calibration = None
+        if corpus is not None:
+            inputs |= {"text": corpus.sha256, "windows": [windows, window_tokens]}
+            longest = context_tokens(checkpoint.config, windowed=True) or window_tokens
+            length = min(window_tokens, longest)
+            calibration = Encoder(checkpoint).windows(corpus.calibration, length, windows)
         key = step_key("quantize", inputs)
         kept = finished(out, key)
         if kept is None:
             with display.step("Quantize") as progress, staged(out, "quantize") as partial:
-                _, facts = quantize(checkpoint, partial, settings, progress=progress)
+                _, facts = quantize(
+                    checkpoint, partial, settings, calibration=calibration, progress=progress
+                )
                 facts = {"source_sha256": checkpoint.sha256, **facts}
                 kept = write_manifest(partial, "quantize", key, {"quantize": facts})
     return {"checkpoint": str(out), **kept["quantize"]}
