@@ -40,6 +40,18 @@ class LayerwiseModel:
     def n_layers(self) -> int:
         return len(self._layers)
 
+    @property
+    def module(self) -> Any:
+        """The transformers model itself."""
+        return self._model
+
+    def projections(self, index: int) -> dict[str, Any]:
+        """The matrix products of a layer, by their names in it."""
+        from torch.nn import Linear
+
+        named = self._layers[index].named_modules()
+        return {name: module for name, module in named if isinstance(module, Linear)}
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states before layer 0, shape (windows, length, width)."""
         hidden, arguments = self._record(tokens)
@@ -154,7 +166,7 @@ class LayerwiseModel:
         """
         from shortstack.prune.scoring import negative_log_likelihood
 
-        head, bias, shaping = self._head()
+        head, bias, shaping = self.head()
         targets = tokens[:, 1:].flatten()
         return negative_log_likelihood(self.final(hidden), head, targets, bias, **shaping)
 
@@ -167,11 +179,12 @@ class LayerwiseModel:
         """
         from shortstack.prune.scoring import kl_divergences
 
-        head, bias, shaping = self._head()
+        head, bias, shaping = self.head()
         finals = [self.final(states) for states in hidden]
         return kl_divergences(reference, finals, head, bias, **shaping)
 
-    def _head(self) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    def head(self) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+        """Weight and bias of the head, and what is done to its logits: `scale`, `cap`."""
         head, config = self._model.get_output_embeddings(), self._model.config.get_text_config()
         shaping = {
             "scale": 1 / (getattr(config, "logits_scaling", None) or 1.0),  # Granite

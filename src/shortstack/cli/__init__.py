@@ -16,6 +16,7 @@ from shortstack.cli import evaluate as cli_eval
 from shortstack.cli import heal as cli_heal
 from shortstack.cli import lm_eval as cli_lm_eval
 from shortstack.cli import packed as cli_packed
+from shortstack.cli import quantize as cli_quantize
 from shortstack.cli import repair as cli_repair
 from shortstack.cli import report as cli_report
 from shortstack.cli import trim as cli_trim
@@ -200,6 +201,7 @@ def doctor(as_json: JsonOption = False) -> None:
 app.command()(cli_bench.bench)
 app.command()(cli_heal.heal)
 app.command("eval")(cli_eval.evaluate)
+app.command()(cli_quantize.quantize)
 app.command()(cli_repair.repair)
 app.command()(cli_report.report)
 app.command()(cli_trim.trim)

@@ -1,0 +1,59 @@
+"""Round a checkpoint so that an entropy coder makes it small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shortstack.checkpoint import Checkpoint
+from shortstack.errors import SettingError, ShortstackError, require, unknown
+from shortstack.progress import OnProgress, silent
+
+METHODS = ("plain", "compensated")
+MOST_BITS, MOST_RATE_WEIGHT = 8.0, 4.0
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """`bits` a weight of the whole file, everything counted; `method` is one of METHODS.
+
+    `rate_weight`: see `compensate.compensated_codes`; `seed`: of the tokens that sensitivities are
+    measured with. Both of `compensated` alone.
+    """
+
+    bits: float = 4.0
+    method: str = "plain"
+    rate_weight: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise unknown("method of quantizing", self.method, METHODS)
+        if not 0.0 < self.bits <= MOST_BITS:
+            raise SettingError("bits", f"must be above 0 and at most {MOST_BITS:g}, got {self.bits:g}.")
+        if not 0.0 <= self.rate_weight <= MOST_RATE_WEIGHT:
+            raise SettingError("rate_weight", f"must be from 0 to {MOST_RATE_WEIGHT:g}.")
+
+
+def quantize(
+    checkpoint: Checkpoint,
+    out: Path,
+    settings: QuantizeSettings,
+    *,
+    calibration: list[list[int]] | None = None,
+    progress: OnProgress = silent,
+) -> tuple[Checkpoint, dict[str, Any]]:
+    """Write the quantized model into the existing empty folder `out`; return it and the facts.
+
+    Its matrices are exactly codes times steps, stored in float32, and lie as such in the sidecar
+    `row_codes.safetensors`; everything else is copied. `calibration`: windows of tokens, of one
+    length, which `compensated` needs. Raises ShortstackError for settings
+    that the model cannot meet, weights that are not finite and a full disk.
+    """
+    require(("torch", "transformers"), "prune", "quantizing a model")
+    if settings.method == "compensated" and not calibration:
+        raise ShortstackError("compensated rounding needs calibration text. Give it with --text.")
+    from shortstack.prune.quantize.drive import run
+
+    return run(checkpoint, out, settings, calibration or [], progress)
