@@ -31,7 +31,8 @@ class QuantizeSettings:
         if self.method not in METHODS:
             raise unknown("method of quantizing", self.method, METHODS)
         if not 0.0 < self.bits <= MOST_BITS:
-            raise SettingError("bits", f"must be above 0 and at most {MOST_BITS:g}, got {self.bits:g}.")
+            told = f"must be above 0 and at most {MOST_BITS:g}, got {self.bits:g}."
+            raise SettingError("bits", told)
         if not 0.0 <= self.rate_weight <= MOST_RATE_WEIGHT:
             raise SettingError("rate_weight", f"must be from 0 to {MOST_RATE_WEIGHT:g}.")
 

@@ -48,7 +48,7 @@ def compensated_codes(
     in blocks. `steps`: (rows,), as stored; `order` and `upper`: see `factor_of`.
 
     `rate_weight` > 0: of the two nearest codes the smaller one is taken where it saves more bits
-    than its error is worth (rate-distortion optimized quantization, as in HEVC's reference encoder).
+    than its error is worth (rate-distortion optimized quantization, as HEVC's reference encoder).
     The error's price is that of a fine uniform quantizer, dD/dR = -ln(2) s^2 / 6, times
     `rate_weight`; bits are those of a Laplace density with the row's mean absolute code.
     """
