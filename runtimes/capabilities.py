@@ -108,8 +108,7 @@ def check_together(runtime: str, device: str, options: Mapping[str, str]) -> Non
         )
     if word in CUDA_ALONE and kind != "cuda":
         raise ShortstackError(
-            f"quantize={word} is for CUDA cards, {device} is asked for. Take bnb-int8 or "
-            "bnb-nf4."
+            f"quantize={word} is for CUDA cards, {device} is asked for. Take bnb-int8 or bnb-nf4."
         )
     needed = COMPUTES_IN.get(word, dtype)
     if dtype != needed:

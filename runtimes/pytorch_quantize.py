@@ -28,8 +28,8 @@ def load_quantized(path: Path, word: str, dtype: str, device: Any) -> tuple[Any,
     facts for a session's info, in bytes.
 
     Tensors go to the device one by one and are quantized there: no copy in `dtype` of the whole is
-    made, but for awq-int4. Raises ShortstackError where nothing was quantized or the libraries refuse,
-    MissingExtraError where they are missing.
+    made, but for awq-int4. Raises ShortstackError where nothing was quantized or the libraries
+    refuse, MissingExtraError where they are missing.
     """
     import torch
 

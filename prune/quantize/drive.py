@@ -80,9 +80,7 @@ def _compensated(
     parts = batches(calibration)
     model = LayerwiseModel(checkpoint, "float32")
     total = len(parts) + model.n_layers
-    found = measure(
-        checkpoint, model, parts, settings.seed, lambda done, _: progress(done, total)
-    )
+    found = measure(checkpoint, model, parts, settings.seed, lambda done, _: progress(done, total))
     with torch.no_grad():
         rows = importances(checkpoint, model, parts, found)
         units = {name: costs.rsqrt().cpu().numpy() for name, costs in rows.items()}

@@ -86,6 +86,4 @@ def look_at(reader: ShardReader, checkpoint: Checkpoint, name: str) -> Matrix:
         at += len(block)
     sampled = np.arange(0, rows, every)
     wide = np.maximum(np.concatenate(spreads), np.float32(2.0**-24))  # a row of zeros has a step
-    return Matrix(
-        name, rows, columns, np.concatenate(peaks), wide, np.concatenate(kept), sampled
-    )
+    return Matrix(name, rows, columns, np.concatenate(peaks), wide, np.concatenate(kept), sampled)

@@ -85,9 +85,7 @@ def predicted_bits(matrix: Matrix, steps: Floats) -> float:
     return bits * share + (STEP_BITS + per_row) * matrix.rows + tables
 
 
-def scale_for(
-    matrices: Sequence[Matrix], units: Mapping[str, Floats], wanted_bits: float
-) -> float:
+def scale_for(matrices: Sequence[Matrix], units: Mapping[str, Floats], wanted_bits: float) -> float:
     """The factor on the steps `units` with which all matrices together take `wanted_bits`.
 
     Bisection: a larger step takes fewer bits. Raises ShortstackError where no step is large or

@@ -382,6 +382,16 @@ def test_an_artifact_without_quality_is_not_judged(load: Load) -> None:
     assert len(left) == 2
 
 
+def test_an_evaluated_folder_is_found_by_the_hash_of_its_artifact(load: Load) -> None:
+    """Of an ONNX folder an evaluation hashes the tokenizer too: hash and size are others."""
+    record = laptop_run()
+    judged = evaluation(record["measurements"], [8.0, 9.0, 12.0, 8.0, 9.5])
+    for model in judged["models"]:
+        model |= {"artifact_sha256": model["sha256"], "sha256": "0" * 64, "size_bytes": 1}
+    front = fronts(merge(load(record), [("eval.json", judged)]))[0]
+    assert not [p for p in front.points if p.left_out]
+
+
 def test_a_peak_of_nothing_is_a_figure(load: Load) -> None:
     cases = [measurement(n, 30, host=SERVER, device="cuda:0") for n in ("one", "two")]
     cases[0]["memory"] = []

@@ -47,7 +47,7 @@ class Quality:
 
 def keys(case: Case) -> list[str]:
     """What an artifact can be found by: its hash; its export, layers and size in an evaluation
-    that hashed other files of the same folder."""
+    that knows no hash of it and hashed other files of the same folder."""
     artifact = case.measurement.artifact
     spec = artifact.spec
     options = [f"{key}-{value}" for key, value in sorted(spec.options.items())]
@@ -98,7 +98,7 @@ def _evaluated(evaluations: Sequence[tuple[str, object]]) -> Iterator[Quality]:
 
 
 def _model_keys(model: Mapping[str, Any]) -> list[str]:
-    found = [str(model["sha256"])]
+    found = [str(model[name]) for name in ("sha256", "artifact_sha256") if model.get(name)]
     if model.get("export") and model.get("n_layers") is not None:
         found.append(f"{model['export']} {model['n_layers']} {model['size_bytes']}")
     return found

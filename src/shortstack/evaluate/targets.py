@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shortstack.artifact import Artifact
 from shortstack.checkpoint import SIDECAR, Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.evaluate.codec import Codec, FolderCodec
@@ -45,6 +46,8 @@ class Target:
     n_layers: int | None = None
     export: str | None = None
     """Format and precision of an artifact, as its manifest has it."""
+    artifact_sha256: str | None = None
+    """What records call the same artifact by: of the files that run, without the tokenizer's."""
     tokenizer: Path | None = None
     """A folder with tokenizer.json, where the model's own place has none."""
 
@@ -57,6 +60,7 @@ class Target:
             "size_bytes": self.size_bytes,
             "n_layers": self.n_layers,
             "export": self.export,
+            "artifact_sha256": self.artifact_sha256,
             "tokenizer": None if self.tokenizer is None else str(self.tokenizer),
         }
 
@@ -121,7 +125,7 @@ def target_of(
     there, and for a runtime that does not open it.
     """
     refuse_packed(place)
-    path, fmt, export = _recognised(place)
+    path, fmt, artifact = _recognised(place)
     refuse_packed(path)
     fitting = runtimes_for(fmt, [runtime] if runtime else ())
     if not fitting:
@@ -135,19 +139,20 @@ def target_of(
         _sha256(files),
         sum(file.stat().st_size for file in files),
         _n_layers(path, fmt, place),
-        export,
+        artifact.spec.slug if artifact else None,
+        artifact.sha256 if artifact else None,
         tokenizer,
     )
 
 
-def _recognised(place: Path) -> tuple[Path, str, str | None]:
-    """(what to open, its format, what the manifest says of the export)."""
+def _recognised(place: Path) -> tuple[Path, str, Artifact | None]:
+    """(what to open, its format, the artifact of the manifest)."""
     manifest = read_manifest(place) if place.is_dir() else None
     if manifest is not None and "artifact" in manifest:
         from shortstack.commands.stages import open_artifact
 
         artifact = open_artifact(place)
-        return artifact.path, artifact.format, artifact.spec.slug
+        return artifact.path, artifact.format, artifact
     if place.is_file() and place.suffix == ".gguf":
         return place, "gguf", None
     if (place / "model.onnx").is_file():
