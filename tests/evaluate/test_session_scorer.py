@@ -13,9 +13,10 @@ from shortstack.checkpoint import Checkpoint
 from shortstack.evaluate.choice import score_choices
 from shortstack.evaluate.codec import FolderCodec
 from shortstack.evaluate.session_scorer import SessionScorer
-from shortstack.evaluate.targets import Loading, target_of
+from shortstack.evaluate.targets import Loading, Target, target_of
 from shortstack.evaluate.torch_scorer import TorchScorer
 from shortstack.export import exporter
+from shortstack.manifest import write_manifest
 from shortstack.questions import open_questions
 from shortstack.runtimes import RUNTIMES, open_session
 
@@ -115,3 +116,16 @@ def test_the_tokenizer_of_a_gguf_file_is_the_checkpoints(
     for text in ("Permission is  hereby\ngranted", "naïve – ½ 🙂", ""):
         assert ours.encode(text) == theirs.encode(text)
         assert theirs.decode(theirs.encode(text)) == text
+
+
+def test_the_folder_of_an_export_tells_the_hash_that_records_know(
+    tiny: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    made = exporter("gguf").export(Checkpoint.open(tiny), ExportSpec("gguf", "F32"), folder)
+    write_manifest(folder, "export", "key", {"artifact": made.to_dict()})
+    target = target_of(folder)
+    assert (target.export, target.artifact_sha256) == ("gguf-f32", made.sha256)
+    assert Target.from_dict(target.to_dict()) == target
+    assert target_of(made.path).artifact_sha256 is None
