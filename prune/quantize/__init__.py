@@ -58,6 +58,8 @@ def quantize(
     require(("torch", "transformers"), "prune", "quantizing a model")
     if settings.method == "compensated" and not calibration:
         raise ShortstackError("compensated rounding needs calibration text. Give it with --text.")
+    if settings.tune_steps and settings.method == "compensated" and len(calibration or ()) < 2:
+        raise ShortstackError("tuning needs two windows of text. Give more, or --tune-steps 0.")
     from shortstack.prune.quantize.drive import run
 
     return run(checkpoint, out, settings, calibration or [], progress)

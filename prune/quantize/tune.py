@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from shortstack.checkpoint import Checkpoint
-from shortstack.errors import ShortstackError
 from shortstack.progress import OnProgress
 from shortstack.prune.calibrate import LayerwiseModel, choose_dtype
 from shortstack.prune.heal.distill import Chunk, Head, divergence, summed_loss
@@ -27,7 +26,7 @@ from shortstack.prune.quantize.uniform import LEAST_STEP
 from shortstack.row_codes import RowCodesReader, replace_steps
 
 STEP_TOKENS = 1024
-LEARNING_RATE, FINAL_RATE, WARMUP = 1e-3, 0.05, 0.1
+LEARNING_RATE, FINAL_RATE, WARMUP = 2.5e-4, 0.05, 0.1
 """The rate is of a row's factor, and of other tensors relative to their root mean square. It rises
 over WARMUP of the steps and falls as a cosine to FINAL_RATE of itself."""
 
@@ -80,12 +79,10 @@ def tune(
 
     `model` has quantized weights; `parts`: batches of windows of tokens, all of one length. A step
     learns by a factor on what its row gives, so that no gradient of a whole matrix exists. Products
-    are in bfloat16 where the device multiplies it in hardware. Raises ShortstackError for a single
-    window: one has to be held out.
+    are in bfloat16 where the device multiplies it in hardware. At least two windows are needed:
+    one is held out.
     """
     windows, finals = torch.cat(list(parts)), torch.cat(original.finals)
-    if len(windows) < 2:
-        raise ShortstackError("tuning needs two windows of text. Give more, or --tune-steps 0.")
     run = _Tuner(checkpoint, model, windows, finals, original.head, steps, seed)
     with run.hooked():
         return run.train(progress)
