@@ -27,7 +27,7 @@ class QuantizeSettings:
     method: str = "plain"
     rate_weight: float = 0.0
     seed: int = 0
-    tune_steps: int = 24
+    tune_steps: int = 12
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

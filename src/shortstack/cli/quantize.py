@@ -38,7 +38,7 @@ def quantize(
     ] = None,
     tune_steps: Annotated[
         int, typer.Option(min=0, help="Batches that row steps and norms learn from; 0: none.")
-    ] = 24,
+    ] = 12,
     seed: Annotated[int, typer.Option(help="Of the tokens that sensitivities are drawn with.")] = 0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
