@@ -19,13 +19,15 @@ class QuantizeSettings:
     """`bits` a weight of the whole file, everything counted; `method` is one of METHODS.
 
     `rate_weight`: see `compensate.compensated_codes`; `seed`: of the tokens that sensitivities are
-    measured with. Both of `compensated` alone.
+    measured with. `tune_steps`: how long steps of rows, norms and biases then learn from the
+    original model, see `tune.tune`; 0 for not at all. All three of `compensated` alone.
     """
 
     bits: float = 4.0
     method: str = "plain"
     rate_weight: float = 0.0
     seed: int = 0
+    tune_steps: int = 12
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -35,6 +37,8 @@ class QuantizeSettings:
             raise SettingError("bits", told)
         if not 0.0 <= self.rate_weight <= MOST_RATE_WEIGHT:
             raise SettingError("rate_weight", f"must be from 0 to {MOST_RATE_WEIGHT:g}.")
+        if self.tune_steps < 0:
+            raise SettingError("tune_steps", f"must be 0 or more, got {self.tune_steps}.")
 
 
 def quantize(
@@ -55,6 +59,8 @@ def quantize(
     require(("torch", "transformers"), "prune", "quantizing a model")
     if settings.method == "compensated" and not calibration:
         raise ShortstackError("compensated rounding needs calibration text. Give it with --text.")
+    if settings.tune_steps and settings.method == "compensated" and len(calibration or ()) < 2:
+        raise ShortstackError("tuning needs two windows of text. Give more, or --tune-steps 0.")
     from shortstack.prune.quantize.drive import run
 
     return run(checkpoint, out, settings, calibration or [], progress)

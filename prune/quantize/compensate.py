@@ -9,6 +9,9 @@ BLOCK_COLUMNS = 64
 DAMPING = 0.01
 """Of the mean of the diagonal, added to it (GPTQ, arXiv:2210.17323, section 3.3)."""
 
+RESTORED_SHARE = 0.5
+"""Of what the calibration text says of errors before: another text differs."""
+
 
 def factor_of(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
     """The order in which columns are rounded, (columns,), and U, upper triangular, in that order.
@@ -69,6 +72,20 @@ def compensated_codes(
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     return codes[back].T.contiguous()
+
+
+def restored(weights: Tensor, gram: Tensor, drift: Tensor) -> Tensor:
+    """Weights that make up for what rounding did to the inputs before, (rows, columns).
+
+    W + a W E[(x' - x) x^T] H^-1 is, at a = 1, what comes nearest to the original outputs W x' from
+    the inputs x there are (QEP, arXiv:2504.09629; GPTAQ, arXiv:2504.02692);
+    a = RESTORED_SHARE. `gram`: H = E[x x^T], damped as in `factor_of`; `drift`: E[(x' - x) x^T].
+    """
+    wide = gram.double()
+    wide = wide + torch.eye(len(wide), device=wide.device) * DAMPING * wide.diagonal().mean()
+    change = torch.cholesky_solve(drift.double().T, torch.linalg.cholesky(wide)).T
+    made: Tensor = weights + RESTORED_SHARE * (weights @ change.to(weights.dtype))
+    return made
 
 
 def _dead_zone(weights: Tensor, steps: Tensor) -> Tensor:

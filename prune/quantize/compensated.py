@@ -19,6 +19,7 @@ from shortstack.prune.quantize.compensate import (
     factor_of,
     fitted_steps,
     remaining_power,
+    restored,
 )
 from shortstack.prune.quantize.matrices import Matrix
 from shortstack.prune.quantize.rate import MatrixRate, rate_of
@@ -42,37 +43,75 @@ at most a row's step differs from the median."""
 
 def layer_grams(model: LayerwiseModel, index: int, hidden: Sequence[Tensor]) -> dict[str, Tensor]:
     """E[x x^T] of the inputs x of each projection of a layer; those that share inputs share it."""
-    projections = model.projections(index)
+    return layer_moments(model, index, hidden)[0]
+
+
+def layer_moments(
+    model: LayerwiseModel,
+    index: int,
+    hidden: Sequence[Tensor],
+    originals: Sequence[Tensor] | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor]]:
+    """E[x x^T] of the inputs x of each projection of a layer, (columns, columns); those that share
+    inputs share it.
+
+    `originals`: hidden states that the original model has where this one has `hidden`. Then also
+    E[(x' - x) x^T] with x' the original's inputs, and the original's hidden states after the layer,
+    which must not be rounded yet.
+    """
+    grams: dict[str, Tensor] = {}
+    drifts: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
-    sums: dict[str, Tensor] = {}
+    after: list[Tensor] = []
+    for at, states in enumerate(hidden):
+        reference: dict[str, Tensor] = {}
+        if originals is not None:
+            reference, output = _inputs(model, index, originals[at], shared)
+            after.append(output)
+        for name, x in _inputs(model, index, states, shared)[0].items():
+            _add(grams, name, x.T @ x)
+            if originals is not None:
+                _add(drifts, name, (reference[name] - x).T @ x)
+    n_tokens = sum(states.shape[0] * states.shape[1] for states in hidden)
+    for total in (*grams.values(), *drifts.values()):
+        total /= n_tokens
+    return (
+        {name: grams[first] for name, first in shared.items()},
+        {name: drifts[first] for name, first in shared.items() if first in drifts},
+        after,
+    )
+
+
+def _add(sums: dict[str, Tensor], name: str, term: Tensor) -> None:
+    sums[name] = term if name not in sums else sums[name].add_(term)
+
+
+def _inputs(
+    model: LayerwiseModel, index: int, states: Tensor, shared: dict[str, str]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What the projections of a layer are given, (tokens, columns), once for those that share it,
+    and what the layer gives. `shared` learns by whose name each projection's input goes."""
     seen: dict[int, str] = {}
+    found: dict[str, Tensor] = {}
+    alive: list[Tensor] = []  # an id is only unique among what lives
 
     def note(name: str) -> Any:
         def add(module: Any, given: tuple[Tensor, ...]) -> None:
-            first = seen.setdefault(id(given[0]), name)
-            shared[name] = first
-            if first == name:
-                rows = given[0].flatten(0, -2).float()
-                old = sums.get(name)
-                sums[name] = rows.T @ rows if old is None else old.addmm_(rows.T, rows)
-            alive.append(given[0])  # an id is only unique among what lives
+            shared[name] = seen.setdefault(id(given[0]), name)
+            if shared[name] == name:
+                found[name] = given[0].flatten(0, -2).float()
+            alive.append(given[0])
 
         return add
 
-    alive: list[Tensor] = []
-    handles = [p.register_forward_pre_hook(note(name)) for name, p in projections.items()]
+    projections = model.projections(index).items()
+    handles = [p.register_forward_pre_hook(note(name)) for name, p in projections]
     try:
-        for states in hidden:
-            model.layer(index, states)
-            seen.clear()
-            alive.clear()
+        output = model.layer(index, states)
     finally:
         for handle in handles:
             handle.remove()
-    n_tokens = sum(states.shape[0] * states.shape[1] for states in hidden)
-    for total in sums.values():
-        total /= n_tokens
-    return {name: sums[first] for name, first in shared.items()}
+    return found, output
 
 
 def importances(
@@ -125,10 +164,16 @@ class Quantizer:
         self._steps, self._writer, self._rate_weight = steps, writer, rate_weight
         self.rates: list[MatrixRate] = []
 
-    def __call__(self, name: str, weight: Tensor, gram: Tensor | None) -> None:
-        """Round `weight`, (rows, columns), in place; without `gram` to the nearest code."""
-        matrix = self._matrices[name]
-        stored = stored_steps(self._steps[name], matrix.peaks, CODE_MAX)
+    def __call__(
+        self, name: str, weight: Tensor, gram: Tensor | None, drift: Tensor | None = None
+    ) -> None:
+        """Round `weight`, (rows, columns), in place; without `gram` to the nearest code. `drift`:
+        see `compensate.restored`."""
+        matrix, peaks = self._matrices[name], self._matrices[name].peaks
+        if gram is not None and drift is not None:
+            weight.copy_(restored(weight, gram, drift))
+            peaks = weight.abs().amax(1).cpu().numpy()
+        stored = stored_steps(self._steps[name], peaks, CODE_MAX)
         steps = torch.from_numpy(stored).to(weight.device)
         if gram is None:
             codes = torch.from_numpy(nearest_codes(weight.cpu().numpy(), stored, CODE_MAX))
@@ -160,14 +205,15 @@ def write_compensated(
     shapes = {m.name: (m.rows, m.columns) for m in matrices}
     with RowCodesWriter(out, shapes) as writer:
         rounded = Quantizer(matrices, steps, writer, rate_weight)
+        originals = [model.embed(tokens) for tokens in parts]
         embedding = model.module.get_input_embeddings().weight
         rounded(family.outer[0].hf, embedding, head_gram if checkpoint.tied else None)
         hidden = [model.embed(tokens) for tokens in parts]
         for index in range(model.n_layers):
-            grams = layer_grams(model, index, hidden)
+            grams, drifts, originals = layer_moments(model, index, hidden, originals)
             prefix = family.layer_prefix.format(i=index)
             for name, projection in model.projections(index).items():
-                rounded(f"{prefix}{name}.weight", projection.weight, grams[name])
+                rounded(f"{prefix}{name}.weight", projection.weight, grams[name], drifts[name])
             hidden = [model.layer(index, states) for states in hidden]
             progress(index + 1, model.n_layers)
         if not checkpoint.tied:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,18 @@ def run(
             matrices = [look_at(reader, checkpoint, name) for name in names]
         wanted = settings.bits * checkpoint.n_params - other_bits(checkpoint, names)
         make = _compensated if settings.method == "compensated" else _plain
-        rates = make(checkpoint, matrices, wanted, out, settings, calibration, progress)
-        written = write_folder(checkpoint, out)
-    return written, facts_of(checkpoint, matrices, rates, settings)
+        made = make(checkpoint, matrices, wanted, out, settings, calibration, progress)
+        written = write_folder(checkpoint, out, made.changed)
+    return written, facts_of(checkpoint, matrices, made.rates, settings) | made.facts
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What is known once the sidecar lies there. `changed`: other tensors that learned."""
+
+    rates: list[MatrixRate]
+    changed: dict[str, Floats] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def _steps(
@@ -57,9 +67,9 @@ def _plain(
     settings: QuantizeSettings,
     calibration: list[list[int]],
     progress: OnProgress,
-) -> list[MatrixRate]:
-    units = {m.name: m.spreads for m in matrices}
-    return write_plain(checkpoint, matrices, _steps(matrices, units, wanted_bits), out, progress)
+) -> Rounded:
+    steps = _steps(matrices, {m.name: m.spreads for m in matrices}, wanted_bits)
+    return Rounded(write_plain(checkpoint, matrices, steps, out, progress))
 
 
 def _compensated(
@@ -70,25 +80,40 @@ def _compensated(
     settings: QuantizeSettings,
     calibration: list[list[int]],
     progress: OnProgress,
-) -> list[MatrixRate]:
+) -> Rounded:
     import torch
 
     from shortstack.prune.calibrate import LayerwiseModel, batches
     from shortstack.prune.quantize.compensated import importances, write_compensated
     from shortstack.prune.quantize.sensitivity import measure
+    from shortstack.prune.quantize.tune import Original, tune, write_tuned
 
     parts = batches(calibration)
     model = LayerwiseModel(checkpoint, "float32")
-    total = len(parts) + model.n_layers
-    found = measure(checkpoint, model, parts, settings.seed, lambda done, _: progress(done, total))
+    total = len(parts) + model.n_layers + settings.tune_steps
+
+    def later(before: int) -> OnProgress:
+        return lambda done, _: progress(before + done, total)
+
+    original = Original.of(model) if settings.tune_steps else None
+    finals = original.finals if original else None
+    found = measure(checkpoint, model, parts, settings.seed, later(0), finals)
     with torch.no_grad():
         rows = importances(checkpoint, model, parts, found)
         units = {name: costs.rsqrt().cpu().numpy() for name, costs in rows.items()}
-        return write_compensated(
+        rates = write_compensated(
             *(checkpoint, model, parts, found.head_gram, matrices),
             *(_steps(matrices, units, wanted_bits), out, settings.rate_weight),
-            lambda done, _: progress(len(parts) + done, total),
+            later(len(parts)),
         )
+    if original is None:
+        return Rounded(rates)
+    told = later(len(parts) + model.n_layers)
+    tuned = tune(checkpoint, model, parts, original, settings.tune_steps, settings.seed, told)
+    rates = write_tuned(out, matrices, tuned, rates)
+    changed = {name: values.float().cpu().numpy() for name, values in tuned.tensors.items()}
+    kl = {str(step): nats for step, nats in tuned.kl.items()}
+    return Rounded(rates, changed, {"kl_held_out": kl})
 
 
 def facts_of(

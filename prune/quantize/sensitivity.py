@@ -41,9 +41,11 @@ def measure(
     parts: Sequence[Tensor],
     seed: int,
     progress: OnProgress,
+    finals: list[Tensor] | None = None,
 ) -> Sensitivity:
     """Run `parts`, batches of tokens, forwards and backwards. Next tokens are drawn from the
-    model's own distribution with `seed`: gradients at the text's would not give Fisher's matrix."""
+    model's own distribution with `seed`: gradients at the text's would not give Fisher's matrix.
+    `finals` is given what the head read of each part, (windows, length - 1, width)."""
     module, family = model.module, checkpoint.family
     head, bias, shaping = model.head()
     generator = torch.Generator(device=head.device).manual_seed(seed)
@@ -66,6 +68,8 @@ def measure(
             states = module.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
             upstream = torch.zeros_like(states)
             flat = states.detach()[:, :-1].flatten(0, 1)
+            if finals is not None:
+                finals.append(states.detach()[:, :-1].clone())
             grads = [
                 _at_head(hidden, head, bias, shaping, found, generator)
                 for hidden in flat.split(HEAD_TOKENS)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.disk import require_space
@@ -17,19 +20,20 @@ from shortstack.row_codes import RowCodes, RowCodesReader
 from shortstack.shards import Layout, ShardReader, ShardWriter, lay_out
 
 
-def layout_of(
-    checkpoint: Checkpoint, names: tuple[str, ...], norms: tuple[str, ...] = ()
-) -> Layout:
-    """Shards of the result: the matrices `names` and the changed `norms` in float32."""
-    wide = {*names, *norms}
+def layout_of(checkpoint: Checkpoint, names: tuple[str, ...]) -> Layout:
+    """Shards of the result: the matrices `names` in float32, all else in the type it has."""
+    wide = set(names)
     tensors = checkpoint.tensors.items()
     return lay_out(
         (name, "F32" if name in wide else info.dtype, info.shape) for name, info in tensors
     )
 
 
-def write_folder(checkpoint: Checkpoint, out: Path) -> Checkpoint:
-    """Write the weights that the sidecar in `out` says, and everything else of `checkpoint`.
+def write_folder(
+    checkpoint: Checkpoint, out: Path, changed: Mapping[str, NDArray[np.float32]]
+) -> Checkpoint:
+    """Write the weights that the sidecar in `out` says, and everything else of `checkpoint`,
+    `changed` tensors in the type they were stored in.
 
     Tokenizer files and the plan of an earlier cut are copied byte for byte. Raises ShortstackError
     for a full disk.
@@ -41,6 +45,8 @@ def write_folder(checkpoint: Checkpoint, out: Path) -> Checkpoint:
         for name in writer.names:
             if name in sidecar.shapes:
                 writer.write(name, _blocks(sidecar.read(name)))
+            elif name in changed:
+                writer.write(name, [to_stored(changed[name], checkpoint.tensors[name].dtype)])
             else:
                 writer.write(name, reader.chunks(name))
     text = json.dumps(_config(checkpoint), indent=2, ensure_ascii=False) + "\n"

@@ -78,6 +78,22 @@ class RowCodesWriter:
             self._file.write(part.data.cast("B"))
 
 
+def replace_steps(
+    folder: Path, shapes: Mapping[str, tuple[int, int]], steps: Mapping[str, NDArray[np.float16]]
+) -> None:
+    """Give matrices of a sidecar other steps, name -> (rows,), their codes untouched.
+
+    `shapes`: of every matrix, in the order that the file was written with.
+    """
+    header, starts, _ = _header(shapes)
+    with (folder / SIDECAR).open("r+b") as file:
+        for name, values in steps.items():
+            if values.shape != shapes[name][:1]:
+                raise ValueError(f"{name}: expected {shapes[name][0]} steps, got {values.shape}")
+            file.seek(len(header) + starts[f"{name}.steps"])
+            file.write(np.ascontiguousarray(values, "<f2").data.cast("B"))
+
+
 class RowCodesReader:
     """Reads the sidecar of a folder, a matrix at a time."""
 

@@ -32,6 +32,13 @@ def quantize(
     rate_weight: Annotated[
         float, typer.Option(help="Prefer smaller codes that save bits; 1: at the price of a step.")
     ] = 0.0,
+    max_perplexity_ratio: Annotated[
+        float | None,
+        typer.Option(help="Instead of --bits: fewest bits with at most so many times perplexity."),
+    ] = None,
+    tune_steps: Annotated[
+        int, typer.Option(min=0, help="Batches that row steps and norms learn from; 0: none.")
+    ] = 12,
     seed: Annotated[int, typer.Option(help="Of the tokens that sensitivities are drawn with.")] = 0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -42,13 +49,16 @@ def quantize(
     from shortstack.prune.quantize import QuantizeSettings
 
     with naming_options():
-        settings = QuantizeSettings(bits=bits, method=method, rate_weight=rate_weight, seed=seed)
+        settings = QuantizeSettings(
+            bits=bits, method=method, rate_weight=rate_weight, seed=seed, tune_steps=tune_steps
+        )
     display = terminal.display(quiet or as_json)
     result = quantize_commands.quantize_model(
         *(model, text, out, settings),
         windows=windows,
         window_tokens=window_tokens,
         display=display,
+        max_perplexity_ratio=max_perplexity_ratio,
     )
 
     def show() -> None:

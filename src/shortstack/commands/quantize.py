@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import math
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from shortstack.checkpoint import Checkpoint
 from shortstack.commands.stages import opened
+from shortstack.errors import SettingError, ShortstackError
 from shortstack.families import context_tokens
 from shortstack.intake import model_paths
 from shortstack.manifest import check_apart, check_ours, finished, staged, step_key, write_manifest
@@ -26,36 +31,100 @@ def quantize_model(
     windows: int,
     window_tokens: int,
     display: Display,
+    max_perplexity_ratio: float | None = None,
 ) -> dict[str, Any]:
     """Quantize `model`; `out` becomes a Hugging Face folder with the sidecar of codes.
 
     `text`: its calibration part, `windows` of `window_tokens` tokens, is what `compensated` is
-    fitted to; `plain` does not open it.
+    fitted to; `plain` does not open it. `max_perplexity_ratio`: instead of `settings.bits`, the
+    fewest bits found whose perplexity on as many windows of the text's selection part is at most
+    so many times the original's. Raises ShortstackError where none of the tries is that good.
     """
     check_ours(out, "quantize")
     check_apart(out, model_paths(model))
-    corpus = open_corpus(text) if settings.method == "compensated" else None
+    if max_perplexity_ratio is not None and not 1.0 < max_perplexity_ratio < math.inf:
+        raise SettingError("max_perplexity_ratio", f"must be above 1, got {max_perplexity_ratio}.")
+    judged = max_perplexity_ratio is not None
+    corpus = open_corpus(text) if judged or settings.method == "compensated" else None
     with opened(model, out, display) as checkpoint:
         inputs: dict[str, Any] = {
             "model": checkpoint.sha256,
             "settings": dataclasses.asdict(settings),
         }
-        calibration = None
+        calibration, selection = None, None
         if corpus is not None:
             inputs |= {"text": corpus.sha256, "windows": [windows, window_tokens]}
             longest = context_tokens(checkpoint.config, windowed=True) or window_tokens
             length = min(window_tokens, longest)
             calibration = Encoder(checkpoint).windows(corpus.calibration, length, windows)
+            if judged:
+                selection = Encoder(checkpoint).windows(corpus.selection, length, windows)
+                inputs |= {"max_perplexity_ratio": max_perplexity_ratio}
         key = step_key("quantize", inputs)
         kept = finished(out, key)
         if kept is None:
-            with display.step("Quantize") as progress, staged(out, "quantize") as partial:
-                _, facts = quantize(
-                    checkpoint, partial, settings, calibration=calibration, progress=progress
-                )
+            with staged(out, "quantize") as partial:
+                make = functools.partial(_quantized, checkpoint, settings, calibration, display)
+                if max_perplexity_ratio is None:
+                    facts = make(partial, settings.bits)
+                else:
+                    assert selection is not None
+                    facts = _searched(
+                        checkpoint, partial, make, selection, max_perplexity_ratio, display
+                    )
                 facts = {"source_sha256": checkpoint.sha256, **facts}
                 kept = write_manifest(partial, "quantize", key, {"quantize": facts})
     return {"checkpoint": str(out), **kept["quantize"]}
+
+
+def _quantized(
+    checkpoint: Checkpoint,
+    settings: QuantizeSettings,
+    calibration: list[list[int]] | None,
+    display: Display,
+    out: Path,
+    bits: float,
+) -> dict[str, Any]:
+    settings = dataclasses.replace(settings, bits=bits)
+    with display.step("Quantize") as progress:
+        return quantize(checkpoint, out, settings, calibration=calibration, progress=progress)[1]
+
+
+def _searched(
+    checkpoint: Checkpoint,
+    out: Path,
+    make: Callable[[Path, float], dict[str, Any]],
+    selection: list[list[int]],
+    ratio: float,
+    display: Display,
+) -> dict[str, Any]:
+    """Try numbers of bits, each in a folder within `out`; the best one's files go to `out`."""
+    from shortstack.prune.quantize.target import best_of, fewest_bits, mean_nats
+
+    before = mean_nats(checkpoint, selection)
+    made: dict[float, dict[str, Any]] = {}
+
+    def ratio_at(bits: float) -> float:
+        folder = out / f"{bits}"
+        folder.mkdir()
+        made[bits] = make(folder, bits)
+        found = math.exp(mean_nats(Checkpoint.open(folder), selection) - before)
+        display.note(f"{made[bits]['bits_per_weight']:.3f} bits: perplexity x {found:.4f}")
+        return found
+
+    tried = fewest_bits(ratio, ratio_at)
+    best = best_of(tried, ratio)
+    if best is None:
+        lowest = min(tried, key=lambda one: one.ratio)
+        raise ShortstackError(
+            f"none of {len(tried)} tries keeps perplexity x {ratio:g}; the best is "
+            f"{lowest.bits:g} bits with x {lowest.ratio:.4f}. Allow a higher ratio."
+        )
+    for file in (out / f"{best.bits}").iterdir():
+        file.rename(out / file.name)
+    for bits in made:
+        shutil.rmtree(out / f"{bits}")
+    return {**made[best.bits], "tried": [dataclasses.asdict(one) for one in tried]}
 
 
 def table(facts: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
