@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from shortstack.text import open_corpus
 from tests.test_pipeline import Recorder
 
 from shortstack import pipeline, steps
@@ -24,6 +23,7 @@ from shortstack.manifest import read_manifest
 from shortstack.packed.read import open_packed
 from shortstack.packed.unpack import unpack_folder
 from shortstack.recipe import Recipe, parse_recipe
+from shortstack.text import open_corpus
 
 EXPORTS = [
     {"to": "packed"},
