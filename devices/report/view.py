@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shortstack.devices.measurement import Measurement
+from shortstack.recipe import QUANTIZED
 from shortstack.devices.report.charts import number
 from shortstack.devices.report.compare import Comparison, peak_bytes
 from shortstack.devices.report.data import Entry
@@ -34,7 +35,8 @@ def spec_name(entry: Entry) -> str:
     spec = entry.artifact["spec"]
     options = [f"{key} {value}" for key, value in spec.get("options", {}).items()]
     name = f"{FORMATS.get(spec['format'], spec['format'])} {spec['precision']}"
-    return ", ".join([name, *options])
+    quantized = ["quantized"] if entry.spec.endswith(QUANTIZED) else []
+    return ", ".join([name, *options, *quantized])
 
 
 def megabytes(value: float | None) -> str:

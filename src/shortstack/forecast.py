@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shortstack import mend, prune
+from shortstack import mend, prune, quantizing
 from shortstack.certify import require_pytorch
 from shortstack.checkpoint import Checkpoint
 from shortstack.devices.host import check_threads
@@ -16,7 +17,7 @@ from shortstack.families import context_tokens
 from shortstack.intake import Preview, model_paths, preview_model
 from shortstack.manifest import check_apart, check_ours
 from shortstack.prune.plan import PrunePlan
-from shortstack.recipe import ExportRecipe, PruneRecipe, Recipe, VerifyRecipe
+from shortstack.recipe import QUANTIZED, ExportRecipe, PruneRecipe, Recipe, VerifyRecipe
 from shortstack.steps import checks_for, wanted_layers
 
 RESERVE_BYTES = 64 * 2**20
@@ -33,6 +34,7 @@ def refuse(recipe: Recipe, out: Path) -> None:
     check_threads(recipe.bench.threads)
     require_pytorch()
     mend.check(recipe)
+    quantizing.check(recipe)
     preview = preview_model(recipe.model)
     if preview is None:  # a hub model: its size is checked when it is downloaded
         prune.planner(recipe.prune.method)
@@ -123,21 +125,34 @@ def predict_steps(recipe: Recipe, preview: Preview) -> list[dict[str, Any]]:
     )
     rows += _mending(recipe, original, pruned, cut["output_bytes"])
     for label, checkpoint in (("original", original), ("pruned", pruned)):
-        checks = {checks_for(checkpoint, wanted, recipe.verify) for wanted in recipe.export}
-        for verify in sorted(checks, key=lambda check: check.window_tokens):
-            n_bytes = 4 * verify.windows * verify.window_tokens * checkpoint.dims["vocab"]
-            ram = 5 * checkpoint.n_params + n_bytes // verify.windows * 3
-            rows.append(_row(f"reference/{label} (removed after)", n_bytes, ram))
-        for wanted in recipe.export:
-            expected = exporter(wanted.spec.format).predict(checkpoint, wanted.spec)
-            rows.append(
-                _row(
-                    f"{label}/{wanted.spec.slug}",
-                    expected["size_bytes"],
-                    expected["peak_ram_bytes"],
-                    expected["disk_bytes"],
-                )
-            )
+        plain = [wanted for wanted in recipe.export if not recipe.takes_codes(wanted)]
+        rows += _exports(recipe, label, checkpoint, plain)
+        coded = [wanted for wanted in recipe.export if recipe.takes_codes(wanted)]
+        if recipe.quantize is not None and coded:
+            made = quantizing.predict(recipe.quantize, checkpoint)
+            rows.append(_row(f"{label}/quantized", made["size_bytes"], made["peak_ram_bytes"]))
+            rows += _exports(recipe, label, quantizing.preview(checkpoint), coded)
+    return rows
+
+
+def _exports(
+    recipe: Recipe, label: str, checkpoint: Checkpoint, exports: Sequence[ExportRecipe]
+) -> list[dict[str, Any]]:
+    """The reference in PyTorch for each length of check, then the artifacts of one checkpoint."""
+    rows = []
+    checks = {checks_for(checkpoint, wanted, recipe.verify) for wanted in exports}
+    suffix = QUANTIZED if any(map(recipe.takes_codes, exports)) else ""
+    for verify in sorted(checks, key=lambda check: check.window_tokens):
+        n_bytes = 4 * verify.windows * verify.window_tokens * checkpoint.dims["vocab"]
+        ram = 5 * checkpoint.n_params + n_bytes // verify.windows * 3
+        rows.append(_row(f"reference/{label}{suffix} (removed after)", n_bytes, ram))
+    for wanted in exports:
+        expected = exporter(wanted.spec.format).predict(checkpoint, wanted.spec)
+        size = expected["size_bytes"]
+        if recipe.quantize is not None and wanted.spec.format == "packed":
+            size = min(size, quantizing.packed_bytes(recipe.quantize, checkpoint))
+        peaks = expected["peak_ram_bytes"], expected["disk_bytes"]
+        rows.append(_row(f"{label}/{recipe.slug(wanted)}", size, *peaks))
     return rows
 
 

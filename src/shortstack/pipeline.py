@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from shortstack import forecast, mend, reporting, steps
+from shortstack import forecast, mend, quantizing, reporting, steps
 from shortstack.devices.report import write_report
 from shortstack.progress import Display
 from shortstack.recipe import Recipe
@@ -14,7 +14,7 @@ from shortstack.run_folder import RunFolder
 
 
 def run(recipe: Recipe, out: Path, display: Display, command: str = "") -> dict[str, Any]:
-    """Plan, cut, repair, heal, export, verify, measure, report.
+    """Plan, cut, repair, heal, quantize, export, verify, measure, report.
 
     Returns the figures and the report's path.
 
@@ -29,12 +29,23 @@ def run(recipe: Recipe, out: Path, display: Display, command: str = "") -> dict[
         forecast.check_opened(recipe, original)
         steps.check_text(recipe, original, corpus)
         mend.check_text(recipe, original, corpus)
+        quantizing.check_text(recipe, original, corpus)
         plan = steps.plan(folder, recipe.prune, original, corpus)
         cut = steps.cut(folder, original, plan)
         pruned = mend.mended(folder, recipe, original, cut, plan, corpus)
         models = {"original": original, "pruned": pruned}
+        coded = {}
+        if any(map(recipe.takes_codes, recipe.export)):
+            coded = {
+                label: quantizing.quantized(folder, recipe, label, checkpoint, corpus)
+                for label, checkpoint in models.items()
+            }
         exported = [
-            steps.export(folder, recipe, label, checkpoint, wanted, corpus)
+            steps.export(
+                *(folder, recipe, label),
+                coded[label] if recipe.takes_codes(wanted) else checkpoint,
+                *(wanted, corpus),
+            )
             for label, checkpoint in models.items()
             for wanted in recipe.export
         ]

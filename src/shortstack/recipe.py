@@ -13,6 +13,8 @@ from shortstack.artifact import ExportSpec
 from shortstack.errors import ShortstackError, one_line, unknown
 
 Part = TypeVar("Part", bound=BaseModel)
+QUANTIZED = "-quantized"
+"""Ends the name of an export of the quantized models."""
 SHIPPED = Path(__file__).parent / "recipes"
 
 
@@ -59,6 +61,20 @@ class HealRecipe(_Strict):
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
 
 
+class QuantizeRecipe(_Strict):
+    """Original and pruned as codes times steps, for the exports that keep the codes."""
+
+    bits: float = Field(gt=0, le=8, description="a weight of the packed file, all counted")
+    method: str = Field("compensated", description="compensated or plain")
+    windows: int = Field(32, ge=1, description="calibration windows of compensated")
+    window_tokens: int = Field(512, ge=8)
+    rate_weight: float = Field(0.0, ge=0, le=4)
+
+
+KEEPS_CODES = ("packed", "packed:lossless", "gguf:Q8_0", "onnx:int8")
+"""Targets that round no weight of a quantized model a second time."""
+
+
 class ExportRecipe(_Strict):
     """One artifact, of the pruned model and of the original."""
 
@@ -66,6 +82,9 @@ class ExportRecipe(_Strict):
     options: dict[str, str] = Field(default_factory=dict)
     max_perplexity_ratio: float = Field(
         1.25, gt=1.0, allow_inf_nan=False, description="gate of a quantized artifact"
+    )
+    quantized: bool | None = Field(
+        None, description="of the models that `quantize` made; packed is, where there is that step"
     )
 
     @property
@@ -114,11 +133,22 @@ class Recipe(_Strict):
     prune: PruneRecipe
     repair: RepairRecipe | None = None
     heal: HealRecipe | None = None
+    quantize: QuantizeRecipe | None = None
     export: tuple[ExportRecipe, ...] = Field(min_length=1)
     calibration: CalibrationRecipe = CalibrationRecipe()
     verify: VerifyRecipe = VerifyRecipe()
     bench: BenchRecipe = BenchRecipe()
     seed: int = 0
+
+    def takes_codes(self, wanted: ExportRecipe) -> bool:
+        """Whether an export is made of the quantized models."""
+        if wanted.quantized is None:
+            return self.quantize is not None and wanted.spec.format == "packed"
+        return wanted.quantized
+
+    def slug(self, wanted: ExportRecipe) -> str:
+        """What folder and report call an export."""
+        return wanted.spec.slug + (QUANTIZED if self.takes_codes(wanted) else "")
 
 
 def shipped_recipes() -> list[str]:
@@ -160,11 +190,34 @@ def parse_recipe(data: Any, name: str) -> Recipe:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise _explain(name, error) from None
-    slugs = [export.spec.slug for export in recipe.export]
+    for wanted in recipe.export:
+        _check_quantized(recipe, wanted, name)
+    slugs = [recipe.slug(wanted) for wanted in recipe.export]
     twice = sorted({slug for slug in slugs if slugs.count(slug) > 1})
     if twice:
         raise ShortstackError(f"{name}: export {twice[0]} is listed twice. Remove one.")
     return recipe
+
+
+def _check_quantized(recipe: Recipe, wanted: ExportRecipe, name: str) -> None:
+    """Refuse an export whose source there is not, or that would round the codes again."""
+    if recipe.quantize is None:
+        if wanted.quantized:
+            raise ShortstackError(
+                f"{name}: export {wanted.to} is quantized: true, but there is no quantize step. "
+                "Add one, e.g. quantize: {bits: 4.5}."
+            )
+        return
+    if wanted.spec.format == "packed" and not recipe.takes_codes(wanted):
+        raise ShortstackError(
+            f"{name}: beside a quantize step, packed is of the quantized models. "
+            "Leave quantized: false out."
+        )
+    if recipe.takes_codes(wanted) and wanted.to not in KEEPS_CODES:
+        raise ShortstackError(
+            f"{name}: export {wanted.to} would round the quantized weights again. "
+            f"quantized: true goes with {', '.join(KEEPS_CODES)}."
+        )
 
 
 def _keys(model: type[BaseModel]) -> str:
@@ -202,6 +255,7 @@ def _model_at(loc: Sequence[int | str]) -> type[BaseModel]:
         "prune": PruneRecipe,
         "repair": RepairRecipe,
         "heal": HealRecipe,
+        "quantize": QuantizeRecipe,
         "export": ExportRecipe,
         "calibration": CalibrationRecipe,
         "verify": VerifyRecipe,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from shortstack.devices.host import describe, libraries
 from shortstack.devices.measurement import Measurement
 from shortstack.devices.report import Entry, ModelFacts, Quality, ReportData, speedups
 from shortstack.prune.plan import PrunePlan
-from shortstack.recipe import Recipe
+from shortstack.recipe import QUANTIZED, Recipe
 from shortstack.runtimes import runtimes_for
 from shortstack.steps import Exported
 from shortstack.text import Corpus
@@ -43,7 +44,7 @@ def collect(
             "facts": dict(plan.facts),
         },
         quality=quality(exported, corpus),
-        entries=tuple(_entry(e, records.get((e.label, e.spec))) for e in exported),
+        entries=tuple(_entry(e, _record(e, records)) for e in exported),
         host=describe(),
         versions=libraries(),
         recipe=recipe.model_dump(mode="json"),
@@ -66,7 +67,7 @@ def model_facts(name: str, source: str, checkpoint: Checkpoint) -> ModelFacts:
 def quality(exported: Sequence[Exported], corpus: Corpus) -> Quality | None:
     """Perplexity of both checkpoints in PyTorch: the references that artifacts were held to."""
     found: dict[str, tuple[float, int]] = {}
-    for e in exported:
+    for e in (e for e in exported if not e.quantized):
         if e.verification is not None:
             found[e.label] = e.verification["reference_perplexity"], e.verification["n_tokens"]
         elif e.reference is not None:
@@ -108,13 +109,22 @@ def summary(
     }
 
 
+def _record(
+    exported: Exported, records: Mapping[tuple[str, str], Measurement]
+) -> Measurement | None:
+    """Its measurement, under the label that the report compares by."""
+    slug = exported.spec.removesuffix(QUANTIZED) if exported.quantized else exported.spec
+    found = records.get((exported.measured_as, slug))
+    return None if found is None else dataclasses.replace(found, label=exported.label)
+
+
 def _entry(exported: Exported, measured: Measurement | None) -> Entry:
     fmt = exported.spec.partition("-")[0]
     proof = exported.verification
     return Entry(
         label=exported.label,
         spec=exported.spec,
-        runtime=proof["runtime"] if proof else runtimes_for(fmt)[0],
+        runtime=proof["runtime"] if proof else (*runtimes_for(fmt), "pytorch")[0],
         artifact=exported.artifact.to_dict() if exported.artifact else None,
         verification=None if proof is None else _verification(Verification.from_dict(dict(proof))),
         bounds={

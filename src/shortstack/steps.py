@@ -27,6 +27,7 @@ from shortstack.manifest import read_manifest
 from shortstack.progress import OnProgress
 from shortstack.prune.plan import PrunePlan, Removal, parse_removal
 from shortstack.recipe import (
+    QUANTIZED,
     BenchRecipe,
     CalibrationRecipe,
     ExportRecipe,
@@ -58,6 +59,13 @@ class Exported:
     failure: str | None = None
     reference: Mapping[str, Any] | None = None
     """`perplexity` and `n_tokens` of the checkpoint in PyTorch, where no verification has them."""
+    quantized: bool = False
+    """Whether it was made of, and held against, the quantized checkpoint."""
+
+    @property
+    def measured_as(self) -> str:
+        """The label in the campaign, which may have the same precision of the plain model, too."""
+        return self.label + (QUANTIZED if self.quantized else "")
 
 
 def open_text(text: str | TextRecipe) -> Corpus:
@@ -187,7 +195,9 @@ def export(
 ) -> Exported:
     """Export and verify one artifact. One that fails its check is removed and reported."""
     bounds = Bounds.of(wanted.spec, max_perplexity_ratio=wanted.max_perplexity_ratio)
-    name = f"{label}/{wanted.spec.slug}"
+    slug = recipe.slug(wanted)
+    name = f"{label}/{slug}"
+    codes = recipe.takes_codes(wanted)
     inputs = {
         **export_inputs(checkpoint, wanted, corpus),
         "verify": recipe.verify.model_dump(),
@@ -212,9 +222,9 @@ def export(
     truth = None
     if not folder.holds(name, inputs):
         windows = unseen_windows(checkpoint, corpus, checks)
-        truth = reference(folder, label, checkpoint, windows)
+        truth = reference(folder, label + (QUANTIZED if codes else ""), checkpoint, windows)
 
-    title = f"Export and verify {label} {wanted.spec.slug}"
+    title = f"Export and verify {label} {slug}"
     try:
         where, manifest = folder.build(name, title, inputs, make)
     except VerificationError as error:
@@ -224,21 +234,23 @@ def export(
         assert truth is not None
         return Exported(
             label,
-            wanted.spec.slug,
+            slug,
             None,
             None,
             dataclasses.asdict(bounds),
             str(error),
             {"perplexity": truth.perplexity, "n_tokens": truth.n_windows * truth.length},
+            quantized=codes,
         )
     if truth is not None:
-        folder.display.note(f"{label}/{wanted.spec.slug}: {in_words(manifest['footprint'])}")
+        folder.display.note(f"{name}: {in_words(manifest['footprint'])}")
     return Exported(
         label,
-        wanted.spec.slug,
+        slug,
         Artifact.from_dict(manifest["artifact"], where),
         manifest["verification"],
         manifest["bounds"],
+        quantized=codes,
     )
 
 
@@ -247,7 +259,8 @@ def export_inputs(checkpoint: Checkpoint, wanted: ExportRecipe, corpus: Corpus) 
     return {
         "model": checkpoint.sha256,
         "text": corpus.sha256,
-        "export": wanted.model_dump(),
+        # which model it is of, "model" says; and keys of earlier versions still hold
+        "export": wanted.model_dump(exclude={"quantized"}),
         "revision": exporter(wanted.spec.format).REVISION,
     }
 
@@ -309,7 +322,7 @@ def bench(
     """Measure every artifact in every runtime that opens it, all in one interleaved campaign."""
     prompt = first_prompt(original, corpus, recipe.bench.prompt_tokens)
     workload = to_workload(recipe.bench)
-    found = [(e.label, e.artifact) for e in exported if e.artifact is not None]
+    found = [(e.measured_as, e.artifact) for e in exported if e.artifact is not None]
     inputs = {
         "artifacts": [[label, artifact.sha256] for label, artifact in found],
         "workload": workload.to_dict(),
@@ -325,6 +338,8 @@ def bench(
             for runtime in runtimes_for(artifact.format)[:1]
         ]
         protocol = Protocol(seed=recipe.seed)
+        if not cases:  # nothing that a runtime opens
+            return {"failures": []}
         measured = measure(cases, workload, prompt, progress=progress, protocol=protocol)
         write_measurements(partial, measured)
         return {"failures": [m.failure.message for m in measured if m.failure]}
