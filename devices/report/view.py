@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from shortstack.devices.measurement import Measurement
-from shortstack.recipe import QUANTIZED
 from shortstack.devices.report.charts import number
 from shortstack.devices.report.compare import Comparison, peak_bytes
 from shortstack.devices.report.data import Entry
 from shortstack.devices.stats import Interval, drift, median, median_interval, spread
+from shortstack.recipe import QUANTIZED
 
 NONE = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
