@@ -7,7 +7,8 @@ Bits are those of the whole file, tokenizer and header included: bytes x 8 / wei
 is a folder of `shortstack quantize` (named, or made at `--bits`), packed by `shortstack export`; it
 is scored in PyTorch, whose weights are the packed ones bit for bit. Every other form is scored in
 its own runtime. For each of them the table says how many bits a packed file of equal perplexity
-takes: straight lines through log perplexity between the packed points, nothing beyond them.
+takes: straight lines through log perplexity between the packed points; `at most` the bits of the
+smallest of them for a form that is worse than all, nothing for one that is better than all.
 What OUT has already is kept.
 """
 
@@ -103,6 +104,17 @@ def at_equal_quality(point: Point, packed: Sequence[Point]) -> float | None:
     return None
 
 
+def cells_at_equal_quality(point: Point, packed: Sequence[Point]) -> list[str]:
+    """Bits of a packed file at the point's perplexity, and by what share it is smaller."""
+    equal, told = at_equal_quality(point, packed), ("", "")
+    worst = max(packed, key=lambda one: one.perplexity, default=None)
+    if worst is not None and not point.packed and point.perplexity > worst.perplexity:
+        equal, told = worst.bits, ("at most ", "at least ")
+    if equal is None or point.packed:
+        return ["-", "-"]
+    return [f"{told[0]}{equal:.2f}", f"{told[1]}{1 - equal / point.bits:.0%}"]
+
+
 def table(points: Sequence[Point], original: float) -> list[str]:
     lines = [
         "| | bits a weight | perplexity | over float32 | packed, equal perplexity | smaller by |"
@@ -110,11 +122,10 @@ def table(points: Sequence[Point], original: float) -> list[str]:
     lines.append("|---|---:|---:|---:|---:|---:|")
     packed = [point for point in points if point.packed]
     for point in sorted(points, key=lambda one: -one.bits):
-        equal = None if point.packed else at_equal_quality(point, packed)
         cells = [point.name, f"{point.bits:.2f}"]
         cells += [f"{point.perplexity:.2f} ({point.low:.2f} to {point.high:.2f})"]
         cells += [f"{100 * (point.perplexity / original - 1):+.1f} %"]
-        cells += ["-", "-"] if equal is None else [f"{equal:.2f}", f"{1 - equal / point.bits:.0%}"]
+        cells += cells_at_equal_quality(point, packed)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

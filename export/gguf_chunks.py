@@ -168,13 +168,12 @@ def _fill_blocks(flat: Array, weights: Weights, piece: Piece) -> None:
     """A matrix's own codes where it has them, else its weights rounded."""
     entry, sidecar = piece.entry, weights.row_codes
     assert entry.source is not None
+    rows = weights.stored(entry.source)[piece.start : piece.stop]
     if entry.source in sidecar.names:
-        fill_blocks(flat, sidecar.read(entry.source, piece.start, piece.stop), piece.heads)
+        own = sidecar.read_own(entry.source, piece.start, piece.stop, rows)
+        fill_blocks(flat, own, piece.heads)
         return
-    rows, stored = (
-        weights.stored(entry.source)[piece.start : piece.stop],
-        weights.dtype(entry.source),
-    )
+    stored = weights.dtype(entry.source)
     single = from_bfloat16(rows) if stored == "BF16" else np.asarray(rows, np.float32)
     if entry.changed:
         single = (single + np.float32(entry.rule.plus)) * np.float32(entry.scale)

@@ -56,3 +56,15 @@ def test_a_folder_without_a_sidecar_and_a_cut_one_are_refused(tmp_path: Path) ->
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ShortstackError, match="truncated"):
         RowCodesReader(tmp_path)
+
+
+@pytest.mark.parametrize("step", [np.inf, np.nan, 0.0, -1.0])
+def test_steps_that_are_none_are_refused(step: float, tmp_path: Path) -> None:
+    """A weight of 1e7 asks for a step beyond float16: infinity times zero would be no weight."""
+    one = matrix(3, 5)
+    one.steps[1] = step
+    with (
+        pytest.raises(ShortstackError, match=r"a\.weight has weights that no step of float16"),
+        RowCodesWriter(tmp_path, {"a.weight": (3, 5)}) as writer,
+    ):
+        writer.write("a.weight", one)

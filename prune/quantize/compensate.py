@@ -21,14 +21,19 @@ def factor_of(gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
     of large power come first ("act-order" of GPTQ's code): they have the most columns to be made
     up for by. Computed in float64.
     """
-    wide = gram.double()
-    power = wide.diagonal()
-    mean = power.mean().clamp_min(1e-30)
-    order = power.argsort(descending=True, stable=True)
-    wide = wide[order][:, order].clone()
-    wide.diagonal().add_(damping * mean)
+    wide = damped(gram, damping)
+    order = wide.diagonal().argsort(descending=True, stable=True)
+    wide = wide[order][:, order]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(wide))
     return order, torch.linalg.cholesky(inverse, upper=True)
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """H with a share of its mean power on the diagonal, float64; positive definite for inputs
+    that are all zero, too."""
+    wide = gram.double().clone()
+    wide.diagonal().add_(damping * wide.diagonal().mean().clamp_min(1e-30))
+    return wide
 
 
 def remaining_power(upper: Tensor) -> float:
@@ -81,9 +86,8 @@ def restored(weights: Tensor, gram: Tensor, drift: Tensor) -> Tensor:
     the inputs x there are (QEP, arXiv:2504.09629; GPTAQ, arXiv:2504.02692);
     a = RESTORED_SHARE. `gram`: H = E[x x^T], damped as in `factor_of`; `drift`: E[(x' - x) x^T].
     """
-    wide = gram.double()
-    wide = wide + torch.eye(len(wide), device=wide.device) * DAMPING * wide.diagonal().mean()
-    change = torch.cholesky_solve(drift.double().T, torch.linalg.cholesky(wide)).T
+    factor = torch.linalg.cholesky(damped(gram, DAMPING))
+    change = torch.cholesky_solve(drift.double().T, factor).T
     made: Tensor = weights + RESTORED_SHARE * (weights @ change.to(weights.dtype))
     return made
 

@@ -68,6 +68,11 @@ class RowCodesWriter:
         rows, columns = self._shapes[name]
         if matrix.codes.shape != (rows, columns) or matrix.steps.shape != (rows,):
             raise ValueError(f"{name}: expected {rows} x {columns}, got {matrix.codes.shape}")
+        if not (np.isfinite(matrix.steps) & (matrix.steps > 0)).all():
+            raise ShortstackError(
+                f"{name} has weights that no step of float16 reaches with codes to {CODE_MAX}. "
+                "Mend the model, or leave it unquantized."
+            )
         self._todo.remove(name)
         parts = {
             "steps": np.ascontiguousarray(matrix.steps, "<f2"),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shortstack.checkpoint import SIDECAR, Checkpoint
 from shortstack.errors import ShortstackError
@@ -45,6 +46,22 @@ class RowCodesFile:
             sizes = self._bytes(file, steps.begin + 2 * start, 2 * (stop - start))
         return RowCodes(
             np.frombuffer(plain, np.int8).reshape(-1, columns), np.frombuffer(sizes, "<f2")
+        )
+
+    def read_own(self, name: str, start: int, stop: int, weights: NDArray[np.float32]) -> RowCodes:
+        """The same rows, held against the `weights` that the checkpoint has of them.
+
+        Raises ShortstackError where they are not codes x steps: the weights were edited.
+        """
+        rows = self.read(name, start, stop)
+        if not np.array_equal(rows.weights(), weights):
+            raise self.unlike(name)
+        return rows
+
+    def unlike(self, name: str) -> ShortstackError:
+        return ShortstackError(
+            f"{self.path}: the codes of {name} are not its weights. "
+            "Quantize the model again, or remove the file."
         )
 
     def _bytes(self, file: BinaryIO, begin: int, length: int) -> bytes:

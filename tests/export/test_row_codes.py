@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from safetensors.numpy import load_file, save_file
 from tests.packed_models import write_coded
 from tests.zoo import make_model
 
@@ -52,6 +53,21 @@ def test_a_stock_q8_0_file_dequantizes_to_codes_times_steps(name: str, tmp_path:
     stored = Weights(checkpoint)
     matrices = [n for n, info in checkpoint.tensors.items() if len(info.shape) == 2]
     assert found == Counter(row.tobytes() for n in matrices for row in np.asarray(stored.stored(n)))
+
+
+def test_codes_of_weights_that_were_edited_are_refused(coded: Checkpoint, tmp_path: Path) -> None:
+    """The file would hold the codes, not the weights of the checkpoint that it is named after."""
+    folder = tmp_path / "edited"
+    shutil.copytree(coded.path, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("gate_proj.weight"))
+    tensors[name][0, 0] += 1.0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (tmp_path / "gguf").mkdir()
+    with pytest.raises(ShortstackError, match=rf"the codes of {name} are not its weights"):
+        exporter("gguf").export(
+            Checkpoint.open(folder), ExportSpec("gguf", "Q8_0"), tmp_path / "gguf"
+        )
 
 
 def test_every_weight_is_at_its_place(coded: Checkpoint, tmp_path: Path) -> None:

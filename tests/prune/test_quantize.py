@@ -111,6 +111,22 @@ def test_a_model_of_zeros_and_one_with_a_hole(
         quantize(Checkpoint.open(folder), tmp_path, QuantizeSettings(bits=5.0))
 
 
+def test_inputs_that_are_all_zero_are_rounded_too(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Behind an up projection of zeros the down projection sees no power at all."""
+    folder = make_model("llama-tied")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][:] = 0.0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    windows = torch.randint(0, 60, (4, 32), generator=torch.Generator().manual_seed(0)).tolist()
+    settings = QuantizeSettings(bits=5.0, method="compensated", tune_steps=0)
+    quantize(Checkpoint.open(folder), tmp_path, settings, calibration=windows)
+    made = weights_of(tmp_path)
+    assert all(torch.isfinite(weight).all() for weight in made.values())
+    assert not made["model.layers.1.mlp.up_proj.weight"].any()
+
+
 def test_bits_that_no_step_gives_are_refused(
     make_model: Callable[..., Path], tmp_path: Path
 ) -> None:

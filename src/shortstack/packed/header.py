@@ -179,9 +179,11 @@ class Contents(BaseModel):
         blobs = [
             entry.blob.lower() if not entry.is_tensor else entry.blob for entry in self.entries
         ]
-        if len(set(blobs)) != len(blobs):
-            twice = next(name for name in blobs if blobs.count(name) > 1)
-            raise ValueError(f"{twice} is there twice")
+        seen: set[str] = set()
+        for name in blobs:
+            if name in seen:
+                raise ValueError(f"{name} is there twice")
+            seen.add(name)
         return self
 
     @property

@@ -64,10 +64,7 @@ class Source:
         codes = np.ascontiguousarray(rows.codes).view(np.uint8).reshape(-1)
         steps = np.ascontiguousarray(rows.steps, "<f2").view(np.uint8)
         if not np.array_equal(dequantize(codes, steps, self.columns), self.read(start, stop)):
-            raise ShortstackError(
-                f"{self.codes.path}: the codes of {self.name} are not its weights. "
-                "Quantize the model again, or remove the file."
-            )
+            raise self.codes.unlike(self.name)
         return codes, steps
 
 
