@@ -75,6 +75,13 @@ def huge(document: dict[str, Any]) -> None:
     entry["parts"] = [[entry["coded_bytes"]], *[[0]] * (n_parts - 1)]
 
 
+def bomb(document: dict[str, Any]) -> None:
+    """A config.json of three gigabytes of zeros, consistent in itself."""
+    entry, chunk, n_chunks = entry_of(document, "config.json"), 2**26, 48
+    entry |= {"shape": [n_chunks * chunk], "raw_bytes": n_chunks * chunk, "chunk": chunk}
+    entry["parts"] = [[entry["coded_bytes"]], *[[0]] * (n_chunks - 1)]
+
+
 EDITS: dict[str, Callable[[dict[str, Any]], None]] = {
     "another version": lambda d: d.update(packed=2),
     "a field too many": lambda d: entry_of(d).update(note="x"),
@@ -104,6 +111,7 @@ EDITS: dict[str, Callable[[dict[str, Any]], None]] = {
     "an entry twice": lambda d: d["entries"].append(d["entries"][0]),
     "no checksum": lambda d: entry_of(d).update(coded_sha256=""),
     "a petabyte": huge,
+    "a bomb": bomb,
 }
 
 
@@ -123,6 +131,11 @@ def test_a_header_that_lies_is_refused_before_it_costs_anything(
     assert "\n" not in str(caught.value)
     assert peak < 60e6
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_bomb_is_refused_for_its_size(packed: PackedFile, tmp_path: Path) -> None:
+    with pytest.raises(ShortstackError, match=r"config\.json: a file .* is too large"):
+        PackedFile(rewritten(packed, tmp_path / "x.safetensors", bomb))
 
 
 def test_the_edits_above_start_from_a_file_that_is_accepted(

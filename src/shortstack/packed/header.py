@@ -25,6 +25,10 @@ HEADER_BYTES = 2**25
 CHUNK_BYTES = 2**24
 """What is coded at once: bounds the memory of packing and of unpacking."""
 
+WHOLE_BYTES = 2**27
+"""Of a file beside the weights or a shard's head: these are unpacked in memory. Tokenizers of large
+vocabularies take 35 MB."""
+
 SLACK_BYTES = 4096
 """A coded chunk is at most a 64th and so much longer than its plain bytes."""
 
@@ -123,6 +127,7 @@ class Entry(BaseModel):
         return [
             ("dtype U8 is for files alone", (self.dtype == "U8") == files),
             ("the shape is too large", n <= 2**44),
+            ("a file or a shard's head is too large", not files or n <= WHOLE_BYTES),
             ("a chunk is too large", self.chunk * self.itemsize <= MAX_CHUNK_BYTES),
             (
                 "row codes are for F32 matrices, by whole rows",
