@@ -156,7 +156,14 @@ class Campaign:
         return "onnxruntime" if self.name.startswith("onnx") else None
 
 
-STAGES = ((0, 1, False), (0, 8, False), (1, 1, False), (0, 1, True), (1, 8, False))
+STAGES = (
+    (0, 1, False),
+    (0, 8, False),
+    (1, 1, False),
+    (0, 1, True),
+    (1, 8, False),
+    (0, 8, True),
+)
 """Pair of depths, batch, whether for energy: the most wanted first."""
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shortstack.errors import ShortstackError
-from shortstack.session import Batched, Extendable, Session
+from shortstack.session import Batched, Extendable, Resumable, ResumableRows, Session
 
 
 class Lanes(Protocol):
@@ -26,6 +26,11 @@ class Lanes(Protocol):
         ...
 
     def decode(self, chosen: Any) -> NDArray[np.float32]: ...
+
+    def again(self, prompt: Any, end: int) -> NDArray[np.float32] | None:
+        """Logits behind the prompt, as a step from its end at token `end`: its last token once
+        more. None where the session does not go back."""
+        ...
 
 
 class One:
@@ -46,6 +51,12 @@ class One:
     def choose(self, logits: NDArray[np.float32]) -> int:
         return int(logits.argmax())
 
+    def again(self, prompt: Sequence[int], end: int) -> NDArray[np.float32] | None:
+        if not isinstance(self._session, Resumable):
+            return None
+        rows = self._session.resume(end, prompt[-1:])
+        return None if rows is None else np.asarray(rows[-1])
+
 
 class Many:
     """A batch. Row i is the prompt turned by i tokens: equal length, other content."""
@@ -53,7 +64,7 @@ class Many:
     def __init__(self, session: Session, batch: int) -> None:
         if not isinstance(session, Batched):
             raise ShortstackError("this runtime runs one sequence at a time. Ask for batch 1.")
-        self._batch = batch
+        self._session, self._batch = session, batch
         self.prefill, self.extend = session.prefill_rows, session.extend_rows
         self.decode = session.extend_rows
 
@@ -62,6 +73,11 @@ class Many:
 
     def choose(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
         return np.asarray(logits.argmax(axis=1)[:, None])
+
+    def again(self, prompt: NDArray[np.int64], end: int) -> NDArray[np.float32] | None:
+        if not isinstance(self._session, ResumableRows):
+            return None
+        return self._session.resume_rows(end, prompt[:, -1:])
 
 
 def lanes(session: Session, batch: int) -> Lanes:

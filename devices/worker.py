@@ -24,7 +24,7 @@ from shortstack.devices.lanes import Lanes, lanes
 from shortstack.devices.memory import Sampler
 from shortstack.devices.page_cache import prepare
 from shortstack.devices.workload import Workload
-from shortstack.session import Resumable, Session
+from shortstack.session import Session
 
 PHASES = ("start", "load", "warm-up", "run")
 """The phase a trial is in, told to the parent so that a crash can name it."""
@@ -125,7 +125,7 @@ def energy(request: Mapping[str, Any]) -> dict[str, Any]:
         _enter("warm-up")
         _warm_up(run, tokens, workload)
         _enter("run")
-        works = _works(session, run, tokens, workload)
+        works = _works(run, tokens, workload)
         found = counters.measured(request["device"], works)
         reasons = [found["energy_reason"], None if "decode" in works else NO_DECODE]
         reason = "; ".join(filter(None, reasons)) or None
@@ -133,7 +133,7 @@ def energy(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _works(
-    session: Session, run: Lanes, tokens: Sequence[int], workload: Workload
+    run: Lanes, tokens: Sequence[int], workload: Workload
 ) -> dict[counters.Phase, Callable[[], int]]:
     """What is repeated in the windows; each returns the tokens it ran.
 
@@ -147,16 +147,12 @@ def _works(
         return workload.input_tokens * workload.batch
 
     def again() -> Any:
-        """Logits behind the prompt; None where the session does not go back."""
-        if workload.batch > 1 or not isinstance(session, Resumable):
-            return None
-        rows = session.resume(workload.input_tokens, tokens[-1:])
-        return None if rows is None else rows[-1]
+        return run.again(whole, workload.input_tokens)
 
     def turn(logits: Any) -> int:
         for _ in range(workload.decode_tokens - 1):
             logits = run.decode(run.choose(logits))
-        return workload.decode_tokens
+        return workload.decode_tokens * workload.batch
 
     turn(run.prefill(whole))  # a cache with windows cannot go back once steps have moved them
     if again() is None:

@@ -208,15 +208,23 @@ class LlamaCppSession:
         self._past = 0
 
     def resume(self, keep: int, tokens: Sequence[int]) -> NDArray[np.float32] | None:
+        return self._append(tokens, True) if self._go_back(keep, 1) else None
+
+    def resume_rows(self, keep: int, rows: NDArray[np.int64]) -> NDArray[np.float32] | None:
+        return self.extend_rows(rows) if self._go_back(keep, len(rows)) else None
+
+    def _go_back(self, keep: int, height: int) -> bool:
+        """Whether each of `height` sequences could forget all but its first `keep` tokens."""
         memory = self._lib.llama_get_memory(self._context)
-        oldest = self._lib.llama_memory_seq_pos_min(memory, 0)
         # layers with a window lose what lies before it: the first new token must still see it all
-        if oldest > max(0, keep - self._lib.llama_model_n_swa(self._model)):
-            return None
-        if not self._lib.llama_memory_seq_rm(memory, 0, keep, -1):
-            return None
+        least = max(0, keep - self._lib.llama_model_n_swa(self._model))
+        for row in range(height):
+            if self._lib.llama_memory_seq_pos_min(memory, row) > least:
+                return False
+            if not self._lib.llama_memory_seq_rm(memory, row, keep, -1):
+                return False
         self._past = keep
-        return self._append(tokens, True)
+        return True
 
     def _append(self, tokens: Sequence[int], all_logits: bool) -> NDArray[np.float32]:
         out = np.empty((len(tokens), self._n_vocab), np.float32) if all_logits else None

@@ -177,13 +177,20 @@ class OrtSession:
         self._past = 0
 
     def resume(self, keep: int, tokens: Sequence[int]) -> NDArray[np.float32] | None:
+        self._go_back(keep)
+        return np.array(self._append(np.array([tokens], np.int64)).numpy()[0], np.float32)
+
+    def resume_rows(self, keep: int, rows: NDArray[np.int64]) -> NDArray[np.float32] | None:
+        self._go_back(keep)
+        return self.extend_rows(rows)
+
+    def _go_back(self, keep: int) -> None:
         if not self._shared:  # a shared buffer is overwritten: the mask's length says from where
             self._cache = [
                 self._value(np.ascontiguousarray(value.numpy()[:, :, :keep]), self._device)
                 for value in self._cache
             ]
         self._past = keep
-        return np.array(self._append(np.array([tokens], np.int64)).numpy()[0], np.float32)
 
     def _append(self, rows: NDArray[np.int64]) -> Any:
         """Run tokens after the cache's; an OrtValue on the device: logits of each, shape (batch,

@@ -97,12 +97,19 @@ class PyTorchSession:
         self._cache = DynamicCache(config=self._model.config.get_text_config())
 
     def resume(self, keep: int, tokens: Sequence[int]) -> NDArray[np.float32] | None:
+        return np.asarray(self._forward([tokens], keep=0)[0]) if self._crop(keep) else None
+
+    def resume_rows(self, keep: int, rows: NDArray[np.int64]) -> NDArray[np.float32] | None:
+        return self.extend_rows(rows) if self._crop(keep) else None
+
+    def _crop(self, keep: int) -> bool:
+        """Whether the cache could forget all but the first `keep` tokens."""
         if self._cache is None or self._has_windows:
-            return None
+            return False
         surplus = self._cache.get_seq_length() - keep
         if surplus:
             self._cache.crop(-surplus)
-        return np.asarray(self._forward([tokens], keep=0)[0])
+        return True
 
     @property
     def _has_windows(self) -> bool:

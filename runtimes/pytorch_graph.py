@@ -196,6 +196,12 @@ class GraphSession(PyTorchSession):
         # one token is a step, replayed as in decoding: energy is counted over turns that begin so
         return np.asarray(self._forward([tokens], keep=1 if len(tokens) == 1 else 0)[0])
 
+    def resume_rows(self, keep: int, rows: NDArray[np.int64]) -> NDArray[np.float32] | None:
+        if not self._started:
+            return None
+        self._go_back(keep)
+        return self.extend_rows(rows)
+
     def _go_back(self, keep: int) -> None:
         """Forget all but `keep` tokens. Buffers stay as they are, unless what they hold is no
         number: the mask would not hide that."""

@@ -80,3 +80,17 @@ class Batched(Session, Protocol):
     def extend_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The same behind what the cache holds: shape (batch, n) in, (batch, vocab) out."""
         ...
+
+
+@runtime_checkable
+class ResumableRows(Batched, Protocol):
+    """A batch that can go back, all sequences to one place."""
+
+    def resume_rows(self, keep: int, rows: NDArray[np.int64]) -> NDArray[np.float32] | None:
+        """Forget all but the first `keep` tokens (1 or more) of each sequence, run `rows` after
+        them, shape (batch, n).
+
+        Returns the last logits of each row, shape (batch, vocab); None, with the sequences lost,
+        where the cache no longer holds what is needed.
+        """
+        ...

@@ -142,6 +142,18 @@ class Rows(KnownSession):
         return np.stack([_after(int(row[-1])) for row in rows])
 
 
+class RowsGoBack(Rows):
+    """A batch that decodes behind its prompts again and again."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        self.kept: list[int] = []
+
+    def resume_rows(self, keep: int, rows: NDArray[np.int64]) -> NDArray[np.float32] | None:
+        self.kept.append(keep)
+        return self.extend_rows(rows)
+
+
 class Settler(KnownSession):
     """The first decode steps are slow, each faster than the one before; then all are alike."""
 

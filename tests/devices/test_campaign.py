@@ -216,13 +216,14 @@ def test_energy_without_a_counter_is_none_with_the_reason(
     assert (unasked.energy, unasked.energy_reason) == ((), "not asked for")
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 def test_a_trial_for_energy_repeats_prefill_and_decode(
-    make_case: MakeCase, workload: Workload, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+    batch: int, workload: Workload, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In this process, with a counter that counts calls of the work."""
     ran: dict[str, list[int]] = {}
 
-    session = fake_session.GoesBack(1)
+    session = fake_session.RowsGoBack(1) if batch > 1 else fake_session.GoesBack(1)
 
     def measured(device: str, works: dict[str, Callable[[], int]]) -> dict[str, object]:
         ran.update({phase: [work(), work()] for phase, work in works.items()})
@@ -230,11 +231,12 @@ def test_a_trial_for_energy_repeats_prefill_and_decode(
 
     monkeypatch.setattr(counters, "measured", measured)
     monkeypatch.setattr(worker, "_open", lambda request, work: session)
-    request = {"workload": workload.to_dict(), "tokens": list(prompt.tokens), "device": "cpu"}
+    work = dataclasses.replace(workload, batch=batch)
+    request = {"workload": work.to_dict(), "tokens": list(prompt.tokens), "device": "cpu"}
     monkeypatch.setattr(worker, "_end_with_parent", lambda: None)
     told = worker.energy(request)
     assert told["energy_reason"] is None
-    assert ran == {"prefill": [4, 4], "decode": [5, 5]}
+    assert ran == {"prefill": [4 * batch] * 2, "decode": [5 * batch] * 2}
     assert set(session.kept) == {workload.input_tokens}
 
 
@@ -242,7 +244,7 @@ def test_a_trial_for_energy_repeats_prefill_and_decode(
 def test_decoding_without_the_prompt_is_not_passed_off_as_its_energy(
     batch: int, workload: Workload, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One session cannot go back at all, the other not with several rows."""
+    """One session cannot go back, the other not with its rows."""
     session = fake_session.Rows(1) if batch > 1 else fake_session.KnownSession(1)
     ran: list[str] = []
 

@@ -11,7 +11,7 @@ import pytest
 from shortstack.errors import ShortstackError
 from shortstack.runtimes import RUNTIMES, open_session
 from shortstack.runtimes.capabilities import CAPABILITIES, device_kind
-from shortstack.session import Batched, Extendable
+from shortstack.session import Batched, Extendable, ResumableRows
 
 ROWS = np.array(
     [[1, 50, 60, 70, 300, 20, 19], [45, 200, 210, 77, 12, 9, 8], [7, 7, 8, 400, 3, 2, 1]]
@@ -76,6 +76,22 @@ def test_a_batch_at_depth_is_right_or_refused(
         else:
             with pytest.raises(ShortstackError, match="batch 1 or depth 0"):
                 session.extend_rows(ROWS[:, 3:])
+
+
+@pytest.mark.parametrize("runtime", BATCHED)
+def test_rows_go_back_together(runtime: str, files: dict[str, Path], truth: np.ndarray) -> None:
+    """What energy of decoding a batch is counted over: the same steps, again behind the prompts."""
+    path = files[RUNTIMES[runtime][0]]
+    with open_session(path, runtime, threads=1, context_tokens=7, batch=3) as session:
+        assert isinstance(session, ResumableRows)
+        session.prefill_rows(ROWS[:, :3])
+        for at in (3, 4):  # other tokens: what must be forgotten
+            session.extend_rows(ROWS[:, at : at + 1] + 1)
+        again = session.resume_rows(3, ROWS[:, 3:4])
+        after = session.extend_rows(ROWS[:, 4:5])
+    assert again is not None
+    np.testing.assert_allclose(again, truth[:, 3], atol=tolerance(runtime))
+    np.testing.assert_allclose(after, truth[:, 4], atol=tolerance(runtime))
 
 
 def test_rows_longer_than_a_batch_of_llama_cpp_run_in_parts(files: dict[str, Path]) -> None:
