@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.commands.quantize import quantize_model
+from shortstack.entropy import entropy_bits
 from shortstack.evaluate import perplexity
 from shortstack.evaluate.codec import FolderCodec
 from shortstack.evaluate.sets import Row, SetSpec
@@ -29,7 +30,7 @@ from shortstack.intake import open_model
 from shortstack.progress import Quiet, silent
 from shortstack.prune.quantize import QuantizeSettings
 from shortstack.prune.quantize.matrices import SAMPLE_WEIGHTS, row_blocks
-from shortstack.prune.quantize.uniform import code_counts, entropy_bits, nearest_codes
+from shortstack.prune.quantize.uniform import code_counts, nearest_codes
 from shortstack.shards import ShardReader
 
 Floats = NDArray[np.float32]

@@ -16,8 +16,8 @@ from shortstack.errors import ShortstackError
 from shortstack.packed.file import PackedFile
 from shortstack.packed.header import NO_DIGEST, PREFIX, Contents, encode
 from shortstack.packed.read import plain_chunks, read_whole
-from shortstack.packed.shard_header import parse_head
 from shortstack.packed.unpack import unpack_folder
+from shortstack.safetensors_header import parse_head
 
 MATRIX = "model.layers.0.mlp.up_proj.weight"
 
@@ -234,5 +234,5 @@ def test_the_head_of_a_shard_must_hold_what_the_entries_say(
     twice = json.dumps(table)[:-1] + ', "model.norm.weight": 1}'
     table["model.norm.weight"]["data_offsets"] = [0, 2**50]
     for text in (json.dumps(table).encode(), twice.encode()):
-        with pytest.raises(ShortstackError, match="no whole safetensors file"):
+        with pytest.raises(ShortstackError, match="truncated or not safetensors"):
             parse_head(len(text).to_bytes(8, "little") + text, "x")

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shortstack.checkpoint import Checkpoint
+from shortstack.entropy import entropy_bits
 from shortstack.errors import ShortstackError
 from shortstack.pretrained import load
 from shortstack.prune.quantize import QuantizeSettings, quantize
@@ -19,7 +20,6 @@ from shortstack.prune.quantize.compensate import compensated_codes, factor_of, r
 from shortstack.prune.quantize.compensate import fitted_steps as fitted_by_inputs
 from shortstack.prune.quantize.uniform import (
     code_counts,
-    entropy_bits,
     fitted_steps,
     nearest_codes,
     stored_steps,

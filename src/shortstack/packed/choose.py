@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shortstack.entropy import bits_a_byte
 from shortstack.errors import require, unknown
 from shortstack.packed.coders import Bytes, coder
-from shortstack.packed.tensors import entropy_bits, split_floats
+from shortstack.packed.tensors import split_floats
 
 SAMPLE_BYTES = 2**18
 """Of a stream, in SAMPLES places."""
@@ -117,7 +118,7 @@ def choose_floats(data: Bytes, itemsize: int, columns: int, allowed: Tries) -> C
     if ("ans", "fast") in allowed and len(allowed) > 1:
         allowed = [t for t in allowed if t[0] != "ans"]
     streams = split_floats(data, itemsize)
-    bits = sum(entropy_bits(stream) for stream in streams)
+    bits = sum(bits_a_byte(stream) for stream in streams)
     split = tuple(choose_stream(stream, columns, allowed) for stream in streams)
     whole = (choose_stream(data, columns * itemsize, [t for t in allowed if t[0] != "ans"]),)
     share_split = sum(stream.share for stream in split) / itemsize
@@ -138,7 +139,7 @@ def choose_codes(codes: Bytes, steps: Bytes, columns: int, allowed: Tries) -> Ch
     }
     reason = reasons[chosen.coder] if len({name for name, _ in allowed}) > 1 else "as asked"
     steps_choice = choose_stream(steps, 2, [t for t in allowed if t[0] != "ans"])
-    return Choice("row-codes", (chosen, steps_choice), entropy_bits(codes), reason)
+    return Choice("row-codes", (chosen, steps_choice), bits_a_byte(codes), reason)
 
 
 def choose_stream(data: Bytes, columns: int, allowed: Tries) -> StreamChoice:

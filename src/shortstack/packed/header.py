@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from shortstack.checkpoint import DTYPE_BYTES, TOKENIZER_FILES
 from shortstack.errors import ShortstackError, one_line
 from shortstack.packed.coders import MAX_CHUNK_BYTES
-from shortstack.packed.shard_header import unique_keys
+from shortstack.safetensors_header import unique_keys
 
 HEADER_BYTES = 2**25
 """Fifty times what a model of 7 billion weights needs; parsed it takes about 20 times as much."""

@@ -10,12 +10,13 @@ from typing import Any
 
 from shortstack import __version__
 from shortstack.checkpoint import Checkpoint
+from shortstack.entropy import bits_a_byte
 from shortstack.packed import choose
 from shortstack.packed.choose import PLAIN, Choice, Tries
 from shortstack.packed.coders import Bytes, coder
 from shortstack.packed.header import CHUNK_BYTES, Contents, Entry
 from shortstack.packed.sources import Source, sources
-from shortstack.packed.tensors import entropy_bits, split_floats
+from shortstack.packed.tensors import split_floats
 from shortstack.progress import OnProgress, silent
 
 TOOL = f"shortstack {__version__}"
@@ -83,7 +84,7 @@ def choose_for(source: Source, allowed: Tries) -> Choice:
         texts = [t for t in allowed if t[0] != "ans"]
         texts += [("zstd", "matching")] if texts else []
         stream = choose.choose_stream(data, 1, texts)
-        return Choice(source.kind, (stream,), entropy_bits(data), "a file")
+        return Choice(source.kind, (stream,), bits_a_byte(data), "a file")
     if source.n_elements == 0:
         return Choice("raw", (PLAIN,), 0.0, "empty")
     ranges = choose.places(source.n_elements, source.columns, source.itemsize)

@@ -10,9 +10,9 @@ from shortstack.disk import disk_errors, require_space
 from shortstack.packed.coders import Bytes
 from shortstack.packed.header import Entry, damaged
 from shortstack.packed.read import Packed, plain_chunks, read_whole, streams
-from shortstack.packed.shard_header import Slot, parse_head
 from shortstack.progress import OnProgress, silent
-from shortstack.row_codes_file import CODES, STEPS
+from shortstack.row_codes import CODES, STEPS
+from shortstack.safetensors_header import Slot, parse_head
 
 
 def unpack_folder(packed: Packed, out: Path, progress: OnProgress = silent) -> Checkpoint:
