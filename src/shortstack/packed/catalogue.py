@@ -29,6 +29,7 @@ from shortstack.packed.header import (
     HEADER_BYTES,
     Contents,
     Entry,
+    check_count,
     damaged,
     parse_contents,
 )
@@ -50,7 +51,9 @@ class Variant:
         if path.stat().st_size > HEADER_BYTES:
             raise damaged(str(path), "it is too large for a variant")
         try:
-            held = json.loads(path.read_text(encoding="utf-8"))
+            whole = path.read_text(encoding="utf-8")
+            check_count(whole.count(","), str(path))
+            held = json.loads(whole)
             text, self.sha256 = held["packed"], held["sha256"]
             right = hashlib.sha256(text.encode()).hexdigest() == self.sha256
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

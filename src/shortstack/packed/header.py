@@ -22,6 +22,13 @@ from shortstack.safetensors_header import unique_keys
 HEADER_BYTES = 2**25
 """Fifty times what a model of 7 billion weights needs; parsed it takes about 20 times as much."""
 
+MOST_VALUES = 2**19
+"""In a header, counted by its commas before it is parsed: sixty times what 7 billion weights need.
+A value of two bytes can take a hundred in memory."""
+
+LEAST_CHUNK_BYTES = 2**16
+"""Of what is cut at all: smaller chunks would make a header of lengths alone."""
+
 CHUNK_BYTES = 2**24
 """What is coded at once: bounds the memory of packing and of unpacking."""
 
@@ -130,6 +137,10 @@ class Entry(BaseModel):
             ("a file or a shard's head is too large", not files or n <= WHOLE_BYTES),
             ("a chunk is too large", self.chunk * self.itemsize <= MAX_CHUNK_BYTES),
             (
+                "its chunks are too small",
+                len(self.parts) < 2 or self.chunk * self.itemsize >= LEAST_CHUNK_BYTES,
+            ),
+            (
                 "row codes are for F32 matrices, by whole rows",
                 self.kind != "row-codes"
                 or (
@@ -203,12 +214,19 @@ class Contents(BaseModel):
 
 def parse_contents(text: str, where: str) -> Contents:
     """Read a JSON document `Contents`. Raises ShortstackError for all it must not be."""
+    check_count(text.count(","), where)
     try:
         return Contents.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise damaged(where, f"{place}: {first['msg']}") from None
+
+
+def check_count(commas: int, where: str) -> None:
+    """Raise ShortstackError for JSON of more values than any model's header has."""
+    if commas > MOST_VALUES:
+        raise damaged(where, f"its header has more than {MOST_VALUES} values")
 
 
 def damaged(where: str, fact: str) -> ShortstackError:
@@ -256,6 +274,7 @@ def decode(whole: bytes, data_bytes: int, where: str) -> Contents:
     zeroed = hashlib.sha256(whole[:at] + NO_DIGEST + whole[at + 64 :])
     if zeroed.hexdigest().encode() != said:
         raise damaged(where, "the header's checksum is wrong")
+    check_count(whole.count(b","), where)
     table = _json(whole[8:], where)
     meta = table.pop("__metadata__")
     if not isinstance(meta, dict) or set(meta) != {"header_sha256", "packed"}:
