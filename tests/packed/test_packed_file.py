@@ -50,6 +50,33 @@ def test_every_family_comes_back_byte_for_byte(name: str, tmp_path: Path) -> Non
     assert same_files(folder, tmp_path / "again")
 
 
+@pytest.mark.parametrize("name", ["model (1).safetensors", "modèle+v2, ok.safetensors"])
+def test_a_shard_of_any_legal_name_comes_back(name: str, tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / name)
+    packed = pack(Checkpoint.open(tmp_path / "model"), tmp_path / "x.safetensors", "none")
+    unpacked(packed, tmp_path / "again")
+    assert same_files(tmp_path / "model", tmp_path / "again")
+
+
+@pytest.mark.parametrize("name", ["-rf.safetensors", "a:b.safetensors", "a\nb.safetensors"])
+def test_a_shard_whose_name_no_folder_should_get_is_refused_in_one_line(
+    name: str, tiny: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / name)
+    with pytest.raises(ShortstackError, match="Rename it, also in"):
+        pack(Checkpoint.open(tmp_path / "model"), tmp_path / "x.safetensors", "none")
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_no_header_can_hold_is_refused_in_one_line(tmp_path: Path) -> None:
+    data = np.zeros(4, np.uint8)
+    source = Source("w" * 600, "tensor", "F32", (1,), reader(data, 4))
+    with pytest.raises(ShortstackError, match="cannot be packed: name: String should have at most"):
+        encode_source(source, choose_for(source, ()), lambda data: None)
+
+
 @pytest.mark.parametrize("coder", ["auto", "zstd", "ans", "none"])
 def test_row_codes_come_back_with_their_sidecar(coder: str, tiny: Path, tmp_path: Path) -> None:
     checkpoint = write_coded(tiny, tmp_path / "model", skip=("embed",))

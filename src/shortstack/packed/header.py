@@ -170,13 +170,7 @@ class Entry(BaseModel):
             ),
             (
                 "a shard is NAME.safetensors",
-                self.kind != "shard"
-                or (
-                    self.name.endswith(".safetensors")
-                    and self.name.replace("-", "").replace("_", "").replace(".", "").isalnum()
-                    and self.name.isascii()
-                    and not self.name.startswith((".", "-"))
-                ),
+                self.kind != "shard" or names_a_shard(self.name),
             ),
         ]
 
@@ -218,9 +212,23 @@ def parse_contents(text: str, where: str) -> Contents:
     try:
         return Contents.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise damaged(where, f"{place}: {first['msg']}") from None
+        raise damaged(where, first_fault(error)) from None
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing that is wrong, and where."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+
+
+def names_a_shard(name: str) -> bool:
+    """Whether unpacking may write a file of this name: in the folder, seen, and typed as it is."""
+    return (
+        name.endswith(".safetensors")
+        and name.isprintable()
+        and not name.startswith((".", "-"))
+        and not set('/\\:*?"<>|') & set(name)
+    )
 
 
 def check_count(commas: int, where: str) -> None:

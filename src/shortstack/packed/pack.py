@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from shortstack import __version__
 from shortstack.checkpoint import Checkpoint
 from shortstack.entropy import bits_a_byte
+from shortstack.errors import ShortstackError, one_line
 from shortstack.packed import choose
 from shortstack.packed.choose import PLAIN, Choice, Tries
 from shortstack.packed.coders import Bytes, coder
-from shortstack.packed.header import CHUNK_BYTES, Contents, Entry
+from shortstack.packed.header import CHUNK_BYTES, Contents, Entry, first_fault
 from shortstack.packed.sources import Source, sources
 from shortstack.packed.tensors import split_floats
 from shortstack.progress import OnProgress, silent
@@ -114,21 +117,23 @@ def encode_source(source: Source, choice: Choice, append: Append) -> Entry:
             lengths.append(len(data))
             raw_bytes += stream.size
         parts.append(tuple(lengths))
-    return Entry.model_validate(
-        {
-            "name": source.name,
-            "kind": choice.kind,
-            "dtype": source.dtype,
-            "shape": source.shape,
-            "chunk": chunk,
-            "coders": choice.coders,
-            "parts": tuple(parts),
-            "raw_bytes": raw_bytes,
-            "coded_bytes": sum(map(sum, parts)),
-            "raw_sha256": tuple(digest.hexdigest() for digest in raw),
-            "coded_sha256": coded.hexdigest(),
-        }
-    )
+    facts = {
+        "name": source.name,
+        "kind": choice.kind,
+        "dtype": source.dtype,
+        "shape": source.shape,
+        "chunk": chunk,
+        "coders": choice.coders,
+        "parts": tuple(parts),
+        "raw_bytes": raw_bytes,
+        "coded_bytes": sum(map(sum, parts)),
+        "raw_sha256": tuple(digest.hexdigest() for digest in raw),
+        "coded_sha256": coded.hexdigest(),
+    }
+    try:
+        return Entry.model_validate(facts)
+    except ValidationError as error:
+        raise _unpackable(source.name, error) from None
 
 
 def _streams(source: Source, kind: str, start: int, stop: int, raw: list[Any]) -> list[Bytes]:
@@ -162,4 +167,14 @@ def table(made: Iterable[Packing], unpack_s: Mapping[str, float]) -> list[dict[s
 
 
 def contents(entries: list[Entry]) -> Contents:
-    return Contents(tool=TOOL, entries=tuple(entries))
+    try:
+        return Contents(tool=TOOL, entries=tuple(entries))
+    except ValidationError as error:
+        raise _unpackable("the model", error) from None
+
+
+def _unpackable(what: str, error: ValidationError) -> ShortstackError:
+    return ShortstackError(
+        f"{one_line(what, 100)} cannot be packed: {one_line(first_fault(error), 200)}. "
+        "Leave it out, or report this model."
+    )

@@ -12,7 +12,7 @@ from shortstack.checkpoint import DTYPE_BYTES, SIDECAR, Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.manifest import MANIFEST
 from shortstack.packed.coders import Bytes
-from shortstack.packed.header import FILES
+from shortstack.packed.header import FILES, names_a_shard
 from shortstack.packed.tensors import dequantize
 from shortstack.row_codes import RowCodesReader
 from shortstack.safetensors_header import parse_head, read_head
@@ -76,7 +76,7 @@ def sources(checkpoint: Checkpoint) -> Iterator[Source]:
             yield _whole(name, "file", file.read_bytes())
     sidecar = RowCodesReader.of(checkpoint)
     for shard in checkpoint.shards:
-        yield from _shard(checkpoint.path / shard, sidecar)
+        yield from _shard(checkpoint.path, shard, sidecar)
     if sidecar.head:
         yield _whole(SIDECAR, "shard", sidecar.head)
 
@@ -92,7 +92,13 @@ def _whole(name: str, kind: str, content: bytes) -> Source:
     return Source(name, kind, "U8", (data.size,), lambda start, stop: data[start:stop])
 
 
-def _shard(path: Path, sidecar: RowCodesReader) -> Iterator[Source]:
+def _shard(folder: Path, name: str, sidecar: RowCodesReader) -> Iterator[Source]:
+    if not names_a_shard(name):
+        raise ShortstackError(
+            f"{folder / name}: unpacking could not write a file of this name everywhere. "
+            "Rename it, also in model.safetensors.index.json."
+        )
+    path = folder / name
     with path.open("rb") as file:
         head = read_head(file, path)
         yield _whole(path.name, "shard", head)
