@@ -173,7 +173,7 @@ def _known(folder: Path) -> dict[Key, Entry]:
 def _key(source: Source) -> Key:
     """What makes two sources the same: kind, type, shape and content, no matter the name."""
     digests = [hashlib.sha256() for _ in range(1 if source.codes is None else 2)]
-    step = pack.chunk_elements(source.columns, source.itemsize)
+    step = pack.chunk_of(source)
     for start in range(0, source.n_elements, step):
         stop = min(source.n_elements, start + step)
         parts: tuple[Bytes, ...] = (

@@ -102,12 +102,15 @@ def tries(word: str, effort: str) -> Tries:
     return found
 
 
-def places(n_elements: int, columns: int, itemsize: int) -> list[tuple[int, int]]:
-    """(start, stop) of the sample: whole rows in SAMPLES places, or all of a small tensor."""
+def places(
+    n_elements: int, columns: int, itemsize: int, *, cut_rows: bool = True
+) -> list[tuple[int, int]]:
+    """(start, stop) of the sample: whole rows in SAMPLES places, or all of a small tensor. Of rows
+    longer than a place only as much as fits it, if `cut_rows`."""
     wanted = SAMPLE_BYTES // itemsize
     if n_elements <= SAMPLES * wanted:
         return [(0, n_elements)]
-    length = max(columns, wanted // columns * columns) if columns <= wanted else wanted
+    length = wanted if cut_rows and columns > wanted else max(1, wanted // columns) * columns
     last = (n_elements - length) // columns * columns
     starts = {last * i // (SAMPLES - 1) // columns * columns for i in range(SAMPLES)}
     return [(start, start + length) for start in sorted(starts)]

@@ -90,8 +90,10 @@ def choose_for(source: Source, allowed: Tries) -> Choice:
         return Choice(source.kind, (stream,), bits_a_byte(data), "a file")
     if source.n_elements == 0:
         return Choice("raw", (PLAIN,), 0.0, "empty")
-    ranges = choose.places(source.n_elements, source.columns, source.itemsize)
-    if source.codes is not None:
+    whole = source.codes is not None
+    shape = (source.n_elements, source.columns, source.itemsize)
+    ranges = choose.places(*shape, cut_rows=not whole)
+    if whole:
         parts = [source.read_codes(*place) for place in ranges]
         codes, steps = (choose.joined([part[i] for part in parts]) for i in (0, 1))
         return choose.choose_codes(codes, steps, source.columns, allowed)
@@ -102,7 +104,7 @@ def choose_for(source: Source, allowed: Tries) -> Choice:
 def encode_source(source: Source, choice: Choice, append: Append) -> Entry:
     """Code chunk by chunk; the entry says where everything lies."""
     itemsize = source.itemsize
-    chunk = chunk_elements(source.columns, itemsize)
+    chunk = chunk_of(source)
     raw = [hashlib.sha256() for _ in range(2 if choice.kind == "row-codes" else 1)]
     coded, parts, raw_bytes = hashlib.sha256(), [], 0
     for start in range(0, source.n_elements, chunk):
@@ -152,6 +154,15 @@ def chunk_elements(columns: int, itemsize: int) -> int:
     """As many whole rows as fit a chunk; of longer rows a part."""
     most = CHUNK_BYTES // itemsize
     return most // columns * columns if columns <= most else most
+
+
+def chunk_of(source: Source) -> int:
+    """Elements of a source that are coded at once: of row codes whole rows, however long, as a row
+    has one step."""
+    chunk = chunk_elements(source.columns, source.itemsize)
+    if source.codes is None:
+        return chunk
+    return max(chunk // source.columns, 1) * source.columns
 
 
 def stream_columns(kind: str, stream: int, columns: int, itemsize: int) -> int:
