@@ -1,4 +1,5 @@
-"""`shortstack unpack`: a packed model into a folder, or on into a file that a runtime opens."""
+"""`shortstack export --to packed`; `shortstack unpack`: a packed model into a folder, or on into a
+file that a runtime opens."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from typing import Any
 
 from shortstack.commands import stages
 from shortstack.errors import ShortstackError
+from shortstack.export import exporter
+from shortstack.footprint import against, in_words, measured
 from shortstack.intake import model_paths
 from shortstack.manifest import (
     check_apart,
@@ -22,10 +25,39 @@ from shortstack.packed.catalogue import variant as find_variant
 from shortstack.packed.choose import options
 from shortstack.packed.read import open_packed
 from shortstack.packed.unpack import unpack_folder
+from shortstack.packed.worth import read_worth
 from shortstack.progress import Display
 from shortstack.recipe import ExportRecipe
 
 TARGETS = ("hf", "gguf:Q8_0", "onnx:int8")
+
+
+def export_packed(model: str, wanted: ExportRecipe, out: Path, display: Display) -> dict[str, Any]:
+    """Pack a model. Equal bytes prove all that a runtime could say of it: none is asked, so that
+    memory is a few chunks whatever the model's size."""
+    make, spec = exporter(wanted.spec.format), wanted.spec
+    with stages.opened(model, out, display) as checkpoint:
+        make.check(checkpoint, spec)
+        inputs = {"model": checkpoint.sha256, "export": spec.slug, "revision": make.REVISION}
+        key = step_key("export", {**inputs, "options": list(spec.options)})
+        kept = finished(out, key)
+        if kept is None:
+            with staged(out, "export") as partial:
+                with display.step(f"Pack and compare {spec.slug}") as progress, measured() as meter:
+                    artifact = make.export(checkpoint, spec, partial, progress=progress)
+                facts = {
+                    "artifact": artifact.to_dict(partial),
+                    "proof": {
+                        "equal_bytes": checkpoint.n_bytes,
+                        "tensors": len(checkpoint.tensors),
+                    },
+                    "footprint": against(
+                        meter.footprint, make.predict(checkpoint, spec)["peak_ram_bytes"]
+                    ),
+                }
+                kept = write_manifest(partial, "export", key, facts)
+                display.note(in_words(facts["footprint"]))
+    return {"folder": str(out), **stages.facts_of(kept), "worth": read_worth(out)}
 
 
 def unpack(
