@@ -3,6 +3,7 @@ file that a runtime opens."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,16 @@ from shortstack.manifest import (
     step_key,
     write_manifest,
 )
-from shortstack.packed.catalogue import BLOBS, NAME, add, is_catalogue, open_catalogue
+from shortstack.packed.catalogue import BLOBS, NAME, is_catalogue, open_catalogue, variants
 from shortstack.packed.catalogue import variant as find_variant
-from shortstack.packed.choose import options
+from shortstack.packed.catalogue_add import add, check_free, check_name, damaged_variants
+from shortstack.packed.choose import Tries, options
 from shortstack.packed.read import open_packed
 from shortstack.packed.unpack import unpack_folder
 from shortstack.packed.worth import read_worth
 from shortstack.progress import Display
 from shortstack.recipe import ExportRecipe
+from shortstack.run_folder import alone_in
 
 TARGETS = ("hf", "gguf:Q8_0", "onnx:int8")
 
@@ -114,7 +117,34 @@ def catalogue(
     allowed = options(dict(map(stages.split_option, texts)))
     named = [_named(text) for text in models]
     check_apart(out, [path for _, model in named for path in model_paths(model)])
+    for n, (name, _) in enumerate(named):
+        check_name(name)
+        if name in [earlier for earlier, _ in named[:n]]:
+            raise ShortstackError(f"two of the models are called {name}. Name one otherwise.")
+    fresh, there = not is_catalogue(out), out.exists()
     open_catalogue(out)
+    with alone_in(out):
+        try:
+            costs = _add_all(named, out, allowed, display)
+        finally:
+            if fresh and not variants(out):
+                shutil.rmtree(out)
+                if there:
+                    out.mkdir()
+        blobs = [file.stat().st_size for file in (out / BLOBS).iterdir()]
+        answer = {"catalogue": str(out), "total_bytes": sum(blobs), "variants": costs}
+        damaged = damaged_variants(out)
+    return {**answer, "damaged": damaged} if damaged else answer
+
+
+def _add_all(
+    named: Sequence[tuple[str, str]], out: Path, allowed: Tries, display: Display
+) -> list[dict[str, Any]]:
+    """A name that another model has is refused before the first model is packed."""
+    for name, model in named:
+        if name in variants(out):
+            with stages.opened(model, out, display) as checkpoint:
+                check_free(out, name, checkpoint)
     costs = []
     for name, model in named:
         with (
@@ -122,8 +152,7 @@ def catalogue(
             display.step(f"Pack {name}") as progress,
         ):
             costs.append(add(out, name, checkpoint, allowed, progress).to_dict())
-    blobs = [file.stat().st_size for file in (out / BLOBS).iterdir()]
-    return {"catalogue": str(out), "total_bytes": sum(blobs), "variants": costs}
+    return costs
 
 
 def _named(text: str) -> tuple[str, str]:

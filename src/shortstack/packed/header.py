@@ -237,9 +237,9 @@ def check_count(commas: int, where: str) -> None:
         raise damaged(where, f"its header has more than {MOST_VALUES} values")
 
 
-def damaged(where: str, fact: str) -> ShortstackError:
+def damaged(where: str, fact: str, remedy: str = "Get it again.") -> ShortstackError:
     return ShortstackError(
-        f"{where} is damaged or not a packed model: {one_line(fact, 300)}. Get it again."
+        f"{where} is damaged or not a packed model: {one_line(fact, 300)}. {remedy}"
     )
 
 
