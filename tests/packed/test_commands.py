@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import zstandard
 from tests.command_line import fails
-from tests.packed_models import write_coded
+from tests.packed_models import pack, write_coded
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.cli import main
@@ -93,6 +93,29 @@ def test_unpack_goes_on_to_gguf_and_its_download(
     run(capsys, "export", str(coded.path), "--to", "gguf:Q8_0", "-o", str(direct))
     tensors = plain.read_bytes()[-50_000:]
     assert (direct / plain.name).read_bytes()[-50_000:] == tensors
+
+
+def test_check_holds_a_file_against_its_checksums_and_writes_nothing(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coded = write_coded(tiny, tmp_path / "coded")
+    file = pack(coded, tmp_path / "x.safetensors").path
+    before = sorted(tmp_path.rglob("*"))
+    answer = run(capsys, "unpack", str(file), "--check")
+    assert (answer["whole"], answer["n_tensors"]) == (True, len(coded.tensors))
+    packed, content = PackedFile(file), bytearray(file.read_bytes())
+    entry = packed.contents.tensors["model.layers.2.mlp.up_proj.weight"]
+    with packed.open_blob(entry) as blob:
+        content[blob.tell() + 7] ^= 1
+    file.write_bytes(content)
+    assert "layers.2.mlp.up_proj.weight have changed" in fails(
+        ["unpack", str(file), "--check", "--quiet"], capsys
+    )
+    assert "One of them" in fails(["unpack", str(file)], capsys)
+    assert "One of them" in fails(
+        ["unpack", str(file), "--check", "-o", str(tmp_path / "o")], capsys
+    )
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_cannot_be_unpacked_is_refused_in_one_line(

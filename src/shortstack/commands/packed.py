@@ -25,8 +25,8 @@ from shortstack.packed.catalogue import BLOBS, NAME, is_catalogue, open_catalogu
 from shortstack.packed.catalogue import variant as find_variant
 from shortstack.packed.catalogue_add import add, check_free, check_name, damaged_variants
 from shortstack.packed.choose import Tries, options
-from shortstack.packed.read import open_packed
-from shortstack.packed.unpack import unpack_folder
+from shortstack.packed.read import open_packed, verify
+from shortstack.packed.unpack import check_complete, unpack_folder
 from shortstack.packed.worth import read_worth
 from shortstack.progress import Display
 from shortstack.recipe import ExportRecipe
@@ -81,10 +81,7 @@ def unpack(
             f"unpack writes {', '.join(TARGETS)}, not {to!r}. For other formats: "
             f"shortstack export {model} --to {to}"
         )
-    if model.is_dir() and is_catalogue(model):
-        model = find_variant(model, variant)
-    elif variant is not None:
-        raise ShortstackError(f"{model} is no catalogue, it has no variants. Leave --variant out.")
+    model = _packed_model(model, variant)
     if to != "hf":
         wanted = ExportRecipe(to=to, max_perplexity_ratio=max_perplexity_ratio)
         return stages.export(
@@ -108,6 +105,31 @@ def unpack(
             }
             kept = write_manifest(partial, "unpack", key, facts)
     return {"checkpoint": str(out), **stages.facts_of(kept)}
+
+
+def check(model: Path, *, variant: str | None, display: Display) -> dict[str, Any]:
+    """Hold a packed model against every checksum in it; nothing is written. Raises ShortstackError
+    that names the first tensor or file that is damaged."""
+    packed = open_packed(_packed_model(model, variant))
+    with display.step("Check") as progress:
+        check_complete(packed)
+        verify(packed, progress)
+    contents = packed.contents
+    return {
+        "whole": True,
+        "packed_sha256": packed.sha256,
+        "n_tensors": len(contents.tensors),
+        "n_files": len(contents.entries) - len(contents.tensors),
+        "plain_bytes": contents.plain_bytes,
+    }
+
+
+def _packed_model(model: Path, variant: str | None) -> Path:
+    if model.is_dir() and is_catalogue(model):
+        return find_variant(model, variant)
+    if variant is not None:
+        raise ShortstackError(f"{model} is no catalogue, it has no variants. Leave --variant out.")
+    return model
 
 
 def catalogue(
