@@ -106,3 +106,11 @@ def test_the_first_stream_of_a_bfloat16_is_its_exponent() -> None:
 def test_an_unknown_coder_is_named() -> None:
     with pytest.raises(ShortstackError, match="unknown coder 'zstdd'"):
         coder("zstdd")
+
+
+@pytest.mark.parametrize(("n", "most"), [(2**18, 0.04), (2**22, 0.014)])
+def test_lanes_cost_a_hundredth_of_a_bit_where_there_are_many_symbols(n: int, most: float) -> None:
+    data = np.clip(np.rint(RNG.standard_normal(n) * 4), -127, 127).astype(np.int8).view(np.uint8)
+    table_bits = 16 * 64
+    coded = 8 * len(coder("ans").encode(data, n, "fast")) - table_bits
+    assert 0 < coded / n - bits_a_byte(data) < most

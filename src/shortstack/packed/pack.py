@@ -90,13 +90,12 @@ def choose_for(source: Source, allowed: Tries) -> Choice:
         return Choice(source.kind, (stream,), bits_a_byte(data), "a file")
     if source.n_elements == 0:
         return Choice("raw", (PLAIN,), 0.0, "empty")
-    whole = source.codes is not None
-    shape = (source.n_elements, source.columns, source.itemsize)
-    ranges = choose.places(*shape, cut_rows=not whole)
-    if whole:
+    if source.codes is not None:
+        ranges = choose.places_of_codes(source.n_elements, source.columns)
         parts = [source.read_codes(*place) for place in ranges]
         codes, steps = (choose.joined([part[i] for part in parts]) for i in (0, 1))
         return choose.choose_codes(codes, steps, source.columns, allowed)
+    ranges = choose.places(source.n_elements, source.columns, source.itemsize)
     data = choose.joined([source.read(*place) for place in ranges])
     return choose.choose_floats(data, source.itemsize, source.columns, allowed)
 
