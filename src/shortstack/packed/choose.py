@@ -27,8 +27,8 @@ LEAST_SAVING = 0.01
 """What coding must save of a tensor, or of a stream, to be worth a decoder at all."""
 
 ANS_SAVING = 0.02
-"""What ANS must save beyond Zstandard, which decodes 15 to 20 times as fast. Of floats it never does:
-the Huffman codes of BF16 exponents lose 0.06 bits of 10.6."""
+"""What ANS must save beyond Zstandard, which decodes 15 to 20 times as fast. Of floats it never
+does: the Huffman codes of BF16 exponents lose 0.06 bits of 10.6."""
 
 ANS_LEAST_BYTES = 2**16
 """Smaller streams have too few lanes to be fast, and tables that weigh."""
