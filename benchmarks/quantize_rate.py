@@ -64,6 +64,8 @@ def main() -> None:
         model = open_model(asked.model, Path(folder) / "model")
         embedding = embedding_of(model)
         against_bound("embedding", embedding)
+        alike = embedding / np.maximum(embedding.std(axis=1, keepdims=True), 1e-12)
+        against_bound("embedding, rows of one spread", alike)
         print(f"\nThe embedding's {repeats(embedding)}")
         if asked.text:
             against_perplexity(model, asked, Path(folder))
