@@ -4,9 +4,12 @@
         [--calibration TEXT] [--text TEXT ...] [--windows 16]
 
 The first table: uniform steps and an ideal entropy coder against R(D) = log2(variance / D) / 2 of a
-Gaussian source; a fine uniform quantizer is 0.254 bit above it (log2(2 pi e / 12) / 2, Gish and
-Pierce, 1968). The second, where there is a MODEL: bits of the whole file, and perplexity relative
-to MODEL's on every held-out --text, with a 95 % interval over windows.
+Gaussian source at the distortion that was measured; a fine uniform quantizer is 0.254 bit above it
+(log2(2 pi e / 12) / 2, Gish and Pierce, 1968). Of a MODEL also its embedding, with how often its
+values repeat: weights that were rounded before are a source of few values, and steps finer than
+theirs take no more bits than these. The second, where there is a MODEL and a --text: bits of the
+whole file, and perplexity relative to MODEL's on every held-out --text, with a 95 % interval over
+windows.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from numpy.typing import NDArray
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.commands.quantize import quantize_model
+from shortstack.entropy import entropy_bits
 from shortstack.evaluate import perplexity
 from shortstack.evaluate.codec import FolderCodec
 from shortstack.evaluate.sets import Row, SetSpec
@@ -29,7 +33,7 @@ from shortstack.intake import open_model
 from shortstack.progress import Quiet, silent
 from shortstack.prune.quantize import QuantizeSettings
 from shortstack.prune.quantize.matrices import SAMPLE_WEIGHTS, row_blocks
-from shortstack.prune.quantize.uniform import code_counts, entropy_bits, nearest_codes
+from shortstack.prune.quantize.uniform import code_counts, nearest_codes
 from shortstack.shards import ShardReader
 
 Floats = NDArray[np.float32]
@@ -51,13 +55,20 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- |")
     shape = (1024, 4096)
     against_bound("Gaussian", random.standard_normal(shape, np.float32))
-    against_bound("Student-t, 5 d.o.f.", random.standard_t(5, shape).astype(np.float32))
+    for degrees in (5, 3, 2.1):
+        heavy = random.standard_t(degrees, shape).astype(np.float32)
+        against_bound(f"Student-t, {degrees} d.o.f.", heavy)
     if asked.model is None:
         return
     with tempfile.TemporaryDirectory() as folder:
         model = open_model(asked.model, Path(folder) / "model")
-        against_bound("embedding", embedding_of(model))
-        against_perplexity(model, asked, Path(folder))
+        embedding = embedding_of(model)
+        against_bound("embedding", embedding)
+        alike = embedding / np.maximum(embedding.std(axis=1, keepdims=True), 1e-12)
+        against_bound("embedding, rows of one spread", alike)
+        print(f"\nThe embedding's {repeats(embedding)}")
+        if asked.text:
+            against_perplexity(model, asked, Path(folder))
 
 
 def against_bound(name: str, matrix: Floats) -> None:
@@ -72,6 +83,19 @@ def against_bound(name: str, matrix: Floats) -> None:
         above = bits - 0.5 * math.log2(variance / error)
         snr = 10 * math.log10(variance / error)
         print(f"| {name} | {share:g} | {bits:.3f} | {snr:.2f} | {above:+.3f} |", flush=True)
+
+
+def repeats(matrix: Floats) -> str:
+    """How many values a matrix has, and the entropy of all of them: where that is about
+    log2(weights), hardly any is there twice."""
+    counts = np.unique(matrix, return_counts=True)[1]
+    bits = entropy_bits(counts) / matrix.size
+    rows = [np.unique(row).size for row in matrix[:: max(1, len(matrix) // 256)]]
+    return (
+        f"{matrix.size:,} weights have {counts.size:,} values, {bits:.2f} bits of i.i.d. entropy "
+        f"of at most {math.log2(matrix.size):.2f}; a row of {matrix.shape[1]} has "
+        f"{np.median(rows):.0f} of them."
+    )
 
 
 def embedding_of(model: Checkpoint) -> Floats:

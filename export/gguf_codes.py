@@ -6,6 +6,7 @@ d times the codes: no weight changes, and any llama.cpp runs the file.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ def keeps_codes(checkpoint: Checkpoint, spec: ExportSpec) -> bool:
 
 
 def check_codes(
-    checkpoint: Checkpoint, spec: ExportSpec, changed: list[str], coded: frozenset[str]
+    checkpoint: Checkpoint, spec: ExportSpec, changed: list[str], coded: Collection[str]
 ) -> None:
     """Raise ShortstackError where llama.cpp cannot hold the codes. `changed`: tensors that the file
     holds scaled or shifted."""

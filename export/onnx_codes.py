@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shortstack.checkpoint import Checkpoint
-from shortstack.row_codes_file import RowCodesFile
+from shortstack.row_codes import RowCodesReader
 
 ZERO = 128
 AT_ONCE = 1 << 22
@@ -28,7 +28,7 @@ class KnownRows:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._sidecar = RowCodesFile(checkpoint)
+        self._sidecar = RowCodesReader.of(checkpoint)
         self._names = sorted(self._sidecar.names)
         self._rows: dict[bytes, tuple[int, int]] = {}
         self.found: list[str] = []

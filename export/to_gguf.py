@@ -38,7 +38,7 @@ from shortstack.footprint import PROCESS_BYTES
 from shortstack.gguf_header import GGML_TYPES, read_header
 from shortstack.multiplied import of_gguf
 from shortstack.progress import OnProgress, silent
-from shortstack.row_codes_file import RowCodesFile
+from shortstack.row_codes import RowCodesReader
 
 REVISION = 1
 LIBRARIES_BYTES = 12_000_000
@@ -59,7 +59,7 @@ def check_headers(checkpoint: Checkpoint, spec: ExportSpec) -> None:
     check_config(checkpoint)
     if keeps_codes(checkpoint, spec):
         changed = [entry.source for entry in entries(checkpoint) if entry.changed and entry.source]
-        check_codes(checkpoint, spec, changed, RowCodesFile(checkpoint).names)
+        check_codes(checkpoint, spec, changed, RowCodesReader.of(checkpoint).names)
 
 
 def predict(checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, int]:
@@ -282,7 +282,7 @@ def _kinds(checkpoint: Checkpoint, spec: ExportSpec) -> tuple[str | None, frozen
 def _codes_notes(checkpoint: Checkpoint, spec: ExportSpec) -> list[str]:
     if not keeps_codes(checkpoint, spec):
         return []
-    n = len(RowCodesFile(checkpoint).names)
+    n = len(RowCodesReader.of(checkpoint).names)
     return [f"{n} matrices keep their row codes: weights are codes x steps, exactly"]
 
 

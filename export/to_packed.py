@@ -35,15 +35,14 @@ def check(checkpoint: Checkpoint, spec: ExportSpec) -> None:
 
 
 def predict(checkpoint: Checkpoint, spec: ExportSpec) -> dict[str, int]:
-    """An upper bound of the size, as nobody knows what can be saved before it is tried. On disk
-    the unpacked folder lies beside the file while it is proven."""
+    """An upper bound of the size, as nobody knows what can be saved before it is tried."""
     check(checkpoint, spec)
     beside = sum(file.stat().st_size for file in checkpoint.tokenizer_files)
     size = checkpoint.n_bytes + beside + expected_room(checkpoint)
     return {
         "size_bytes": size,
         "peak_ram_bytes": PROCESS_BYTES + 12 * CHUNK_BYTES,
-        "disk_bytes": 2 * size,
+        "disk_bytes": size,
     }
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import struct
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +10,8 @@ from numpy.typing import NDArray
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.floats import STORED
-from shortstack.row_codes_file import RowCodesFile
+from shortstack.row_codes import RowCodesReader
+from shortstack.safetensors_header import Head, open_head
 
 Array = NDArray[Any]
 
@@ -23,7 +21,7 @@ class Weights:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._headers: dict[str, tuple[int, Mapping[str, Any]]] = {}
+        self._heads: dict[str, Head] = {}
 
     def stored(self, name: str, *, writable: bool = False) -> Array:
         """The tensor as it lies in the file; BF16 as uint16 bits.
@@ -31,26 +29,19 @@ class Weights:
         `writable`: as torch wants it of arrays that it shares; what is written stays in memory.
         """
         info = self._checkpoint.tensors[name]
-        start, entries = self._header(info.file)
-        begin = start + entries[name]["data_offsets"][0]
         path = self._checkpoint.path / info.file
+        if info.file not in self._heads:
+            self._heads[info.file] = open_head(path)
+        begin = self._heads[info.file].at(name)
         return np.memmap(path, STORED[info.dtype], "c" if writable else "r", begin, info.shape)
 
     def dtype(self, name: str) -> str:
         return self._checkpoint.tensors[name].dtype
 
     @functools.cached_property
-    def row_codes(self) -> RowCodesFile:
+    def row_codes(self) -> RowCodesReader:
         """Codes of the matrices that have them."""
-        return RowCodesFile(self._checkpoint)
-
-    def _header(self, file: str) -> tuple[int, Mapping[str, Any]]:
-        """Where the data of a shard begins, and its table of tensors."""
-        if file not in self._headers:
-            with (self._checkpoint.path / file).open("rb") as shard:
-                (length,) = struct.unpack("<Q", shard.read(8))
-                self._headers[file] = (8 + length, json.loads(shard.read(length)))
-        return self._headers[file]
+        return RowCodesReader.of(self._checkpoint)
 
 
 def interleave_rope(weight: Array, heads: int) -> Array:

@@ -12,7 +12,7 @@ from typing import Any
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.disk import disk_errors, require_space
-from shortstack.errors import MissingExtraError, ShortstackError, one_line
+from shortstack.errors import ShortstackError, one_line, require
 from shortstack.families import REMOVED, both_spellings, rotates
 from shortstack.progress import OnProgress, silent
 from shortstack.prune.per_layer import cut_config
@@ -130,13 +130,12 @@ def check_loadable(checkpoint: Checkpoint) -> None:
 
     A second opinion: our own table already agreed when the folder was opened.
     """
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM
+    require(("torch", "transformers", "safetensors"), "prune", "checking a pruned model")
+    import torch
+    from transformers import AutoModelForCausalLM
 
-        from shortstack.pretrained import config_of
-    except ImportError:
-        raise MissingExtraError("transformers", "prune", "checking a pruned model") from None
+    from shortstack.pretrained import config_of
+
     try:
         config = config_of(checkpoint.path)
         with torch.device("meta"):

@@ -50,11 +50,17 @@ def rewrite(
                 else:
                     writer.write(name, reader.chunks(source[name]))
                 progress(done, len(writer.names))
-        text = json.dumps(config or checkpoint.config, indent=2, ensure_ascii=False) + "\n"
-        (out / "config.json").write_text(text, encoding="utf-8")
-        for file in (*checkpoint.tokenizer_files, checkpoint.path / PLAN_FILE):
-            if file.is_file():
-                shutil.copyfile(file, out / file.name)
+        return finish(checkpoint, out, config or checkpoint.config)
+
+
+def finish(checkpoint: Checkpoint, out: Path, config: Mapping[str, Any]) -> Checkpoint:
+    """Put beside the weights in `out` what makes them a model, and check that it is one: the
+    config, and the tokenizer and the plan of an earlier cut of `checkpoint`, byte for byte."""
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (out / "config.json").write_text(text, encoding="utf-8")
+    for file in (*checkpoint.tokenizer_files, checkpoint.path / PLAN_FILE):
+        if file.is_file():
+            shutil.copyfile(file, out / file.name)
     written = Checkpoint.open(out)
     check_loadable(written)
     return written

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shortstack.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
-from shortstack.errors import MissingExtraError, ShortstackError, one_line
+from shortstack.errors import ShortstackError, one_line
 from shortstack.families import TensorRule, expected_tensors
 from shortstack.prune.plan import PrunePlan
+from shortstack.safetensors_header import open_head
 from shortstack.shards import CHUNK_BYTES, ShardReader
 
 
@@ -190,29 +190,20 @@ def _blend(checkpoint: Checkpoint, plan: PrunePlan, layer: int, rule: TensorRule
 def _open_block(file: Path) -> dict[str, tuple[TensorInfo, int]]:
     """Name -> what and where, of a safetensors file."""
     try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise MissingExtraError("safetensors", "prune", "replacing a layer") from None
-    try:
-        with safe_open(file, framework="numpy"):
-            pass  # checks the header against the size of the file
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
+        head = open_head(file, "Name one that holds the tensors of one layer.")
     except FileNotFoundError:
         raise ShortstackError(
             f"there is no file {file}, which the plan names under replace. Name one from where you "
             "are, or by its whole path."
         ) from None
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
         raise ShortstackError(
-            f"{file} is not a safetensors file ({one_line(str(error), 120)}). Name one that holds "
-            "the tensors of one layer."
+            f"{file} cannot be read ({one_line(str(error), 120)}). Name one that holds the tensors "
+            "of one layer."
         ) from None
     return {
-        name: (TensorInfo("", e["dtype"], tuple(e["shape"])), 8 + length + e["data_offsets"][0])
-        for name, e in header.items()
-        if name != "__metadata__"
+        name: (TensorInfo("", slot.dtype, slot.shape), head.at(name))
+        for name, slot in head.slots.items()
     }
 
 

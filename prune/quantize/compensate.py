@@ -9,6 +9,9 @@ BLOCK_COLUMNS = 64
 DAMPING = 0.01
 """Of the mean of the diagonal, added to it (GPTQ, arXiv:2210.17323, section 3.3)."""
 
+MOST_TRIES = 40
+"""Steps at least double from the second one on: float16 ends before."""
+
 RESTORED_SHARE = 0.5
 """Of what the calibration text says of errors before: another text differs."""
 
@@ -60,7 +63,47 @@ def compensated_codes(
     The error's price is that of a fine uniform quantizer, dD/dR = -ln(2) s^2 / 6, times
     `rate_weight`; bits are those of a Laplace density with the row's mean absolute code.
     """
+    return _rounded_columns(weights, steps, order, upper, code_max, rate_weight)[0]
+
+
+def unclipped_codes(
+    weights: Tensor,
+    steps: Tensor,
+    order: Tensor,
+    upper: Tensor,
+    code_max: int,
+    rate_weight: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`compensated_codes`, none of them clipped, and the steps they are for, (rows,), float16s.
+
+    What a weight makes up for can take it beyond `code_max` steps though the row's peak was within:
+    such rows are rounded again with a larger step, until none is.
+    """
+    codes, largest = _rounded_columns(weights, steps, order, upper, code_max, rate_weight)
+    steps = steps.clone()
+    for tries in range(MOST_TRIES):
+        beyond = (largest > code_max).nonzero()[:, 0]
+        if not len(beyond):
+            break
+        larger = steps[beyond] * (1.01 * 2**tries / code_max) * largest[beyond]
+        steps[beyond] = larger.half().float()
+        codes[beyond], largest[beyond] = _rounded_columns(
+            weights[beyond], steps[beyond], order, upper, code_max, rate_weight
+        )
+    return codes, steps
+
+
+def _rounded_columns(
+    weights: Tensor,
+    steps: Tensor,
+    order: Tensor,
+    upper: Tensor,
+    code_max: int,
+    rate_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """Codes, and the largest of each row before it was cut at `code_max`, (rows,)."""
     left = weights.float().T[order].contiguous()  # a column of the matrix is a row here
+    largest = torch.zeros_like(steps)
     upper = upper.float()
     codes = torch.empty(left.shape, dtype=torch.int8, device=left.device)
     dead = rate_weight * _dead_zone(weights, steps) if rate_weight else None
@@ -69,14 +112,16 @@ def compensated_codes(
         block, errors = left[start:stop], torch.empty_like(left[start:stop])
         for at in range(stop - start):
             row = upper[start + at, start:stop]
-            chosen = _rounded(block[at] / steps, dead).clamp_(-code_max, code_max)
+            chosen = _rounded(block[at] / steps, dead)
+            torch.maximum(largest, chosen.abs(), out=largest)
+            chosen.clamp_(-code_max, code_max)
             codes[start + at] = chosen
             errors[at] = (block[at] - chosen * steps) / row[at]
             block[at + 1 :].addr_(row[at + 1 :], errors[at], alpha=-1)
         left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    return codes[back].T.contiguous()
+    return codes[back].T.contiguous(), largest
 
 
 def restored(weights: Tensor, gram: Tensor, drift: Tensor) -> Tensor:

@@ -15,15 +15,15 @@ from shortstack.checkpoint import Checkpoint
 from shortstack.progress import OnProgress
 from shortstack.prune.calibrate import LayerwiseModel
 from shortstack.prune.quantize.compensate import (
-    compensated_codes,
     factor_of,
     fitted_steps,
     remaining_power,
     restored,
+    unclipped_codes,
 )
 from shortstack.prune.quantize.matrices import Matrix
 from shortstack.prune.quantize.rate import MatrixRate, rate_of
-from shortstack.prune.quantize.sensitivity import Sensitivity
+from shortstack.prune.quantize.sensitivity import Sensitivity, no_numbers
 from shortstack.prune.quantize.uniform import nearest_codes, stored_steps
 from shortstack.row_codes import CODE_MAX, RowCodes, RowCodesWriter
 
@@ -124,12 +124,12 @@ def importances(
     for index in range(model.n_layers):
         powers: dict[int, float] = {}
         for name, gram in layer_grams(model, index, hidden).items():
-            if id(gram) not in powers:
-                powers[id(gram)] = remaining_power(factor_of(gram)[1])
             full = family.layer_prefix.format(i=index) + name
+            if id(gram) not in powers:
+                powers[id(gram)] = remaining_power(_factor(full, gram)[1])
             made[full + ".weight"] = _tempered(found.outputs[full]) * powers[id(gram)]
         hidden = [model.layer(index, states) for states in hidden]
-    at_head = found.head * remaining_power(factor_of(found.head_gram)[1])
+    at_head = found.head * remaining_power(_factor("the head", found.head_gram)[1])
     embedding = family.outer[0].hf
     if checkpoint.tied:
         made[embedding] = _bounded(at_head + found.lookup)
@@ -137,6 +137,17 @@ def importances(
         made[embedding], made[family.head.hf] = _bounded(found.lookup), _bounded(at_head)
     least = LEAST_SHARE * float(torch.stack([rows.mean() for rows in made.values()]).median())
     return {name: rows.clamp_min(max(least, 1e-30)) for name, rows in made.items()}
+
+
+def _factor(name: str, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """`factor_of`. Raises ShortstackError where inputs are no numbers, or too unlike in size."""
+    try:
+        order, upper = factor_of(gram)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # documented, not in __all__
+        raise no_numbers(f"the inputs of {name}") from None
+    if not torch.isfinite(upper).all():
+        raise no_numbers(f"the inputs of {name}")
+    return order, upper
 
 
 def _tempered(power: Tensor) -> Tensor:
@@ -170,16 +181,18 @@ class Quantizer:
         """Round `weight`, (rows, columns), in place; without `gram` to the nearest code. `drift`:
         see `compensate.restored`."""
         matrix, peaks = self._matrices[name], self._matrices[name].peaks
-        if gram is not None and drift is not None:
-            weight.copy_(restored(weight, gram, drift))
-            peaks = weight.abs().amax(1).cpu().numpy()
+        if gram is not None:
+            order, upper = _factor(name, gram)
+            if drift is not None:
+                weight.copy_(restored(weight, gram, drift))
+                peaks = weight.abs().amax(1).cpu().numpy()
         stored = stored_steps(self._steps[name], peaks, CODE_MAX)
         steps = torch.from_numpy(stored).to(weight.device)
         if gram is None:
             codes = torch.from_numpy(nearest_codes(weight.cpu().numpy(), stored, CODE_MAX))
         else:
-            order, upper = factor_of(gram)
-            codes = compensated_codes(weight, steps, order, upper, CODE_MAX, self._rate_weight)
+            factor = order, upper
+            codes, steps = unclipped_codes(weight, steps, *factor, CODE_MAX, self._rate_weight)
             steps = fitted_steps(weight, codes, steps, gram)
         half = steps.half()
         weight.copy_(codes.to(weight.device).float() * half.float()[:, None])

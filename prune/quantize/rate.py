@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shortstack.checkpoint import Checkpoint
+from shortstack.entropy import entropy_bits
 from shortstack.errors import ShortstackError
 from shortstack.prune.quantize.matrices import Matrix
 from shortstack.prune.quantize.uniform import (
     code_counts,
-    entropy_bits,
     nearest_codes,
     stored_steps,
 )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shortstack.checkpoint import Checkpoint
+from shortstack.errors import ShortstackError
 from shortstack.progress import OnProgress
 from shortstack.prune.calibrate import LayerwiseModel
 
@@ -83,6 +84,14 @@ def measure(
     return found
 
 
+def no_numbers(what: str) -> ShortstackError:
+    """The error of a model whose numbers leave float32 on the calibration text."""
+    return ShortstackError(
+        f"{what} cannot be reckoned with on the calibration text: a norm or a weight is beyond all "
+        "others. Mend the model, or quantize it with --method plain, which needs no text."
+    )
+
+
 def _adding(sums: Tensor) -> Any:
     def add(module: Any, inputs: Any, gradients: tuple[Tensor, ...]) -> None:
         sums.add_(gradients[0].flatten(0, -2).square().sum(0))
@@ -121,6 +130,8 @@ def _at_head(
         bounded = torch.tanh(logits / shaping["cap"])
         logits, slope = shaping["cap"] * bounded, (1 - bounded.square()) * slope
     chances = logits.softmax(-1)
+    if not torch.isfinite(chances).all():
+        raise no_numbers("the logits of the model")
     found.head.add_((chances * (1 - chances) * slope * slope).sum(0))
     found.head_gram.addmm_(hidden.T, hidden)
     drawn = torch.multinomial(chances, 1, generator=generator)

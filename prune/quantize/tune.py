@@ -98,7 +98,6 @@ def write_tuned(
     for name, factors in tuned.factors.items():
         wide = sidecar.read(name).steps.astype(np.float32) * factors.cpu().numpy()
         steps[name] = np.maximum(wide, LEAST_STEP).astype(np.float16)
-    del sidecar  # it maps the file that is written now
     replace_steps(out, {m.name: (m.rows, m.columns) for m in matrices}, steps)
     return [
         replace(rate, step=float(np.median(steps[rate.name]))) if rate.name in steps else rate

@@ -38,14 +38,6 @@ def code_counts(codes: NDArray[np.int8]) -> NDArray[np.int64]:
     return np.roll(counts, 128)
 
 
-def entropy_bits(counts: NDArray[np.int64]) -> float:
-    """Bits of all codes in one i.i.d. coder with their own frequencies (Shannon, 1948):
-    n log2 n - sum_k c_k log2 c_k, for `counts` c_k with the sum n."""
-    present = counts[counts > 0].astype(np.float64)
-    total = present.sum()
-    return float(total * np.log2(total) - (present * np.log2(present)).sum()) if total else 0.0
-
-
 def fitted_steps(weights: Floats, codes: NDArray[np.int8], steps: Floats) -> Floats:
     """The step with which each row's codes are nearest to its weights, in squared error.
 

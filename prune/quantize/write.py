@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ from numpy.typing import NDArray
 from shortstack.checkpoint import Checkpoint
 from shortstack.disk import require_space
 from shortstack.floats import to_stored
-from shortstack.prune.apply import PLAN_FILE, check_loadable
 from shortstack.prune.quantize.matrices import BLOCK_WEIGHTS
+from shortstack.prune.rewrite import finish
 from shortstack.row_codes import RowCodes, RowCodesReader
 from shortstack.shards import Layout, ShardReader, ShardWriter, lay_out
 
@@ -49,14 +47,7 @@ def write_folder(
                 writer.write(name, [to_stored(changed[name], checkpoint.tensors[name].dtype)])
             else:
                 writer.write(name, reader.chunks(name))
-    text = json.dumps(_config(checkpoint), indent=2, ensure_ascii=False) + "\n"
-    (out / "config.json").write_text(text, encoding="utf-8")
-    for file in (*checkpoint.tokenizer_files, checkpoint.path / PLAN_FILE):
-        if file.is_file():
-            shutil.copyfile(file, out / file.name)
-    written = Checkpoint.open(out)
-    check_loadable(written)
-    return written
+    return finish(checkpoint, out, _config(checkpoint))
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:

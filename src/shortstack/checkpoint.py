@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shortstack.errors import MissingExtraError, ShortstackError, one_line
+from shortstack.errors import ShortstackError, one_line
 from shortstack.families import (
     Family,
     decoder_config,
@@ -23,6 +23,7 @@ from shortstack.families import (
     removed_sub_blocks,
 )
 from shortstack.families.table import Part
+from shortstack.safetensors_header import open_head
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 SIDECAR = "row_codes.safetensors"
@@ -262,27 +263,21 @@ def _shard_names(path: Path) -> list[str]:
 
 
 def _read_headers(path: Path) -> dict[str, TensorInfo]:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise MissingExtraError("safetensors", "prune", "opening a checkpoint") from None
     tensors: dict[str, TensorInfo] = {}
     for name in _shard_names(path):
         try:
-            with safe_open(path / name, framework="numpy") as shard:
-                for key in shard.keys():  # noqa: SIM118  # safe_open is not a mapping
-                    part = shard.get_slice(key)
-                    if key in tensors:
-                        raise ShortstackError(
-                            f"{path}: tensor {key} is in {tensors[key].file} and in {name}. "
-                            "Remove the stale shard."
-                        )
-                    tensors[key] = TensorInfo(name, part.get_dtype(), tuple(part.get_shape()))
-        except (SafetensorError, OSError) as error:
+            slots = open_head(path / name, "Download it again.").slots
+        except OSError as error:
             raise ShortstackError(
-                f"{path / name} is truncated or not safetensors ({one_line(str(error))}). "
-                "Download it again."
+                f"{path / name} cannot be read ({one_line(str(error))}). Download it again."
             ) from None
+        for key, slot in sorted(slots.items()):
+            if key in tensors:
+                raise ShortstackError(
+                    f"{path}: tensor {key} is in {tensors[key].file} and in {name}. "
+                    "Remove the stale shard."
+                )
+            tensors[key] = TensorInfo(name, slot.dtype, slot.shape)
     quantized = [n for n, info in tensors.items() if info.dtype not in DTYPE_BYTES]
     if quantized:
         raise ShortstackError(

@@ -13,13 +13,16 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from shortstack.checkpoint import SIDECAR
-from shortstack.errors import MissingExtraError, ShortstackError, one_line
+from shortstack.checkpoint import SIDECAR, Checkpoint
+from shortstack.errors import ShortstackError
+from shortstack.safetensors_header import Head, open_head
 
 CODE_MAX = 127
 """Codes are -127 to 127, so that a row is a legal row of a GGUF Q8_0 tensor and of int8 ONNX."""
 
 STEP_BITS = 16
+CODES, STEPS = ".codes", ".steps"
+"""Behind a matrix's name: its two tensors in the sidecar."""
 
 
 @dataclass(frozen=True)
@@ -95,64 +98,108 @@ def replace_steps(
         for name, values in steps.items():
             if values.shape != shapes[name][:1]:
                 raise ValueError(f"{name}: expected {shapes[name][0]} steps, got {values.shape}")
-            file.seek(len(header) + starts[f"{name}.steps"])
+            file.seek(len(header) + starts[name + STEPS])
             file.write(np.ascontiguousarray(values, "<f2").data.cast("B"))
 
 
 class RowCodesReader:
-    """Reads the sidecar of a folder, a matrix at a time."""
+    """Reads the sidecar of a folder by rows; the file is open only while it is read.
+
+    `head`: the file's length and header, as they lie in it. `shapes`: name -> (rows, columns) of
+    every matrix.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Raises ShortstackError where there is none, or it is damaged."""
-        try:
-            from safetensors import SafetensorError, safe_open
-        except ImportError:
-            raise MissingExtraError("safetensors", "prune", "reading row codes") from None
         self.path = folder / SIDECAR
         if not self.path.is_file():
             raise ShortstackError(
                 f"{folder} has no {SIDECAR}. Make it with: shortstack quantize MODEL -o OUT"
             )
-        try:
-            self._file: Any = safe_open(self.path, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise ShortstackError(
-                f"{self.path} is truncated or not safetensors ({one_line(str(error))}). "
-                "Quantize again."
-            ) from None
+        self._found = open_head(self.path, "Quantize again.")
+        with self.path.open("rb") as file:
+            self.head = file.read(self._found.n_bytes)
         self.shapes = self._checked()
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Self:
+        """The sidecar of a checkpoint; one without matrices where there is none.
+
+        Raises ShortstackError for one that does not belong to the checkpoint.
+        """
+        if not (checkpoint.path / SIDECAR).is_file():
+            empty = cls.__new__(cls)
+            empty.path, empty.head, empty.shapes = checkpoint.path / SIDECAR, b"", {}
+            empty._found = Head(0, {})
+            return empty
+        reader = cls(checkpoint.path)
+        for name, shape in reader.shapes.items():
+            info = checkpoint.tensors.get(name)
+            if info is None or (info.dtype, info.shape) != ("F32", shape) or not all(shape):
+                raise ShortstackError(
+                    f"{reader.path}: {name} does not belong to a float32 matrix of this "
+                    "checkpoint. Quantize the model again."
+                )
+        return reader
 
     @property
     def names(self) -> tuple[str, ...]:
         """The matrices' names, as in the checkpoint."""
         return tuple(self.shapes)
 
-    def read(self, name: str) -> RowCodes:
-        """One matrix."""
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> RowCodes:
+        """One matrix, or its rows `start` to `stop`."""
+        rows, columns = self.shapes[name]
+        stop = rows if stop is None else stop
+        with self.path.open("rb") as file:
+            codes = self._bytes(file, name + CODES, start * columns, (stop - start) * columns)
+            steps = self._bytes(file, name + STEPS, 2 * start, 2 * (stop - start))
         return RowCodes(
-            self._file.get_tensor(f"{name}.codes"), self._file.get_tensor(f"{name}.steps")
+            np.frombuffer(codes, np.int8).reshape(-1, columns), np.frombuffer(steps, "<f2")
         )
+
+    def read_own(self, name: str, start: int, stop: int, weights: NDArray[np.float32]) -> RowCodes:
+        """The same rows, held against the `weights` that the checkpoint has of them.
+
+        Raises ShortstackError where they are not codes x steps: the weights were edited.
+        """
+        rows = self.read(name, start, stop)
+        if not np.array_equal(rows.weights(), weights):
+            raise self.unlike(name)
+        return rows
+
+    def unlike(self, name: str) -> ShortstackError:
+        return ShortstackError(
+            f"{self.path}: the codes of {name} are not its weights. "
+            "Quantize the model again, or remove the file."
+        )
+
+    def _bytes(self, file: BinaryIO, part: str, begin: int, length: int) -> bytes:
+        file.seek(self._found.at(part) + begin)
+        data = file.read(length)
+        if len(data) != length:
+            raise ShortstackError(f"{self.path} is truncated. Quantize again.")
+        return data
 
     def _checked(self) -> dict[str, tuple[int, int]]:
         """Name -> (rows, columns) of every matrix, codes and steps in agreement."""
-        slices = {key: self._file.get_slice(key) for key in self._file.keys()}  # noqa: SIM118
+        slots = self._found.slots
         found: dict[str, tuple[int, int]] = {}
-        for key, part in slices.items():
+        for key, slot in slots.items():
             name, _, kind = key.rpartition(".")
-            other = slices.get(f"{name}.{'steps' if kind == 'codes' else 'codes'}")
+            other = slots.get(f"{name}.{'steps' if kind == 'codes' else 'codes'}")
             wanted = {"codes": ("I8", 2), "steps": ("F16", 1)}.get(kind)
-            shape = tuple(part.get_shape())
             if (
                 other is None
-                or (part.get_dtype(), len(shape)) != wanted
-                or shape[0] != other.get_shape()[0]
+                or (slot.dtype, len(slot.shape)) != wanted
+                or slot.shape[0] != other.shape[0]
             ):
                 raise ShortstackError(
-                    f"{self.path}: {key} is not what quantizing writes ({part.get_dtype()} "
-                    f"{list(shape)}). Quantize again."
+                    f"{self.path}: {key} is not what quantizing writes ({slot.dtype} "
+                    f"{list(slot.shape)}). Quantize again."
                 )
             if kind == "codes":
-                found[name] = (shape[0], shape[1])
+                found[name] = (slot.shape[0], slot.shape[1])
         return found
 
 

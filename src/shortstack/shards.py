@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Self
 
 from shortstack.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
 from shortstack.errors import ShortstackError
+from shortstack.safetensors_header import Head, open_head
 
 MAX_SHARD_BYTES = 2**30
 CHUNK_BYTES = 2**24
@@ -127,8 +128,7 @@ class ShardReader:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._file: BinaryIO | None = None
-        self._open, self._data_start = "", 0
-        self._header: dict[str, Any] = {}
+        self._open, self._head = "", Head(0, {})
 
     def __enter__(self) -> Self:
         return self
@@ -143,9 +143,9 @@ class ShardReader:
         if info.file != self._open:
             self._start(info.file)
         assert self._file is not None
-        begin, end = self._header[name]["data_offsets"]
-        self._file.seek(self._data_start + begin)
-        left = end - begin
+        slot = self._head.slots[name]
+        self._file.seek(self._head.at(name))
+        left = slot.stop - slot.begin
         while left:
             chunk = self._file.read(min(size, left))
             if not chunk:
@@ -161,16 +161,15 @@ class ShardReader:
         if info.file != self._open:
             self._start(info.file)
         assert self._file is not None
-        self._file.seek(self._data_start + self._header[name]["data_offsets"][0] + start)
+        self._file.seek(self._head.at(name) + start)
         return self._file.read(stop - start)
 
     def _start(self, file: str) -> None:
         if self._file:
             self._file.close()
-        self._file, self._open = (self._checkpoint.path / file).open("rb"), file
-        length = int.from_bytes(self._file.read(8), "little")
-        self._header = json.loads(self._file.read(length))
-        self._data_start = 8 + length
+        path = self._checkpoint.path / file
+        self._head = open_head(path, "Download it again.")
+        self._file, self._open = path.open("rb"), file
 
 
 def _header(tensors: dict[str, TensorInfo]) -> bytes:

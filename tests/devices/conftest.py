@@ -9,8 +9,13 @@ from typing import Protocol
 import pytest
 
 from shortstack.artifact import Artifact, ExportSpec
+from shortstack.devices.records import Record, load_records
+from shortstack.devices.report.merged import Merged, merge
 from shortstack.devices.schedule import Case
 from shortstack.devices.workload import Prompt, Workload
+
+from .bench_sample import Json, laptop_run, server_run, written
+from .merged_sample import Load
 
 OPENER = "fake_session:open_session"
 
@@ -69,3 +74,19 @@ def workload() -> Workload:
 @pytest.fixture
 def prompt() -> Prompt:
     return Prompt((1, 2, 3, 4), "four numbers")
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Write records and read them back."""
+
+    def loaded(*records: Json) -> list[Record]:
+        folders = [written(tmp_path / f"r{i}", record) for i, record in enumerate(records)]
+        return load_records(folders)
+
+    return loaded
+
+
+@pytest.fixture
+def both(load: Load) -> Merged:
+    return merge(load(laptop_run(), server_run()))

@@ -13,7 +13,7 @@ from shortstack.devices.report.merged.write import to_html
 
 from .bench_sample import laptop_run, server_run, written
 from .chromium import Browser, browser, find
-from .test_merged_report import EVIL, hostile
+from .merged_sample import EVIL, hostile
 
 PROGRAM = find()
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium on PATH: page not tried in it")

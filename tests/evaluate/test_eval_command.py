@@ -70,6 +70,17 @@ def test_artifacts_agree_with_their_checkpoint_and_a_cut_does_not(compared: Path
     assert "against" not in text["tiny"]
 
 
+def test_no_record_holds_a_folder_of_the_machine(compared: Path, rows: dict[str, Path]) -> None:
+    records = [*compared.rglob("*.json"), compared / "eval.md"]
+    assert len(records) > 10
+    for folder in (compared.parent, Path(rows["text"]).parent, Path.home(), Path.cwd()):
+        for record in records:
+            assert str(folder) not in record.read_text(encoding="utf-8"), record
+    data = json.loads((compared / "eval.json").read_text(encoding="utf-8"))
+    places = [*(model["path"] for model in data["models"]), *(one["path"] for one in data["sets"])]
+    assert all(place and Path(place).name == place for place in places)
+
+
 def test_every_accuracy_has_n_chance_and_interval(compared: Path) -> None:
     data = json.loads((compared / "eval.json").read_text(encoding="utf-8"))
     for name in ("licence-choice", "licence-classes"):

@@ -12,10 +12,12 @@ from tests.packed_models import write_coded
 from shortstack.checkpoint import Checkpoint
 from shortstack.cli import main
 from shortstack.errors import ShortstackError
-from shortstack.packed.catalogue import BLOBS, Cost, Variant, add, open_catalogue, variants
+from shortstack.packed.catalogue import BLOBS, Variant, open_catalogue, variants
+from shortstack.packed.catalogue_add import Cost, add
 from shortstack.packed.choose import tries
 from shortstack.packed.read import verify
 from shortstack.packed.unpack import unpack_folder
+from shortstack.run_folder import alone_in
 
 ALLOWED = tries("zstd", "fast")
 
@@ -110,6 +112,101 @@ def test_damage_in_a_catalogue_is_found_and_named(cuts: dict[str, Path], tmp_pat
     (folder / "one.json").write_text(text.replace("zstd", "none", 1))
     with pytest.raises(ShortstackError, match="checksum is wrong"):
         Variant(folder / "one.json")
+
+
+def flip(blob: Path) -> None:
+    content = bytearray(blob.read_bytes())
+    content[len(content) // 2] ^= 4
+    blob.write_bytes(content)
+
+
+@pytest.mark.parametrize("coder", ["zstd", "ans"])
+def test_adding_a_model_again_mends_its_blobs_in_every_variant(
+    coder: str, cuts: dict[str, Path], tmp_path: Path
+) -> None:
+    """With another coder the blob has another checksum: variants point to the new one."""
+    folder = tmp_path / "all"
+    open_catalogue(folder)
+    for name in ("base", "one"):
+        add(folder, name, Checkpoint.open(cuts[name]), ALLOWED)
+    entry = Variant(folder / "one.json").contents.tensors["model.layers.3.mlp.up_proj.weight"]
+    flip(folder / BLOBS / entry.coded_sha256)
+    other = Variant(folder / "base.json").contents.tensors["model.norm.weight"]
+    (folder / BLOBS / other.coded_sha256).unlink()
+    cost = add(folder, "one", Checkpoint.open(cuts["one"]), tries(coder, "fast"))
+    assert len(cost.packings) == 2
+    for name in ("base", "one"):
+        verify(Variant(folder / f"{name}.json"))
+        (tmp_path / name).mkdir()
+        again = unpack_folder(Variant(folder / f"{name}.json"), tmp_path / name)
+        assert again.sha256 == Checkpoint.open(cuts[name]).sha256
+
+
+def test_a_document_that_is_damaged_hinders_no_other_and_is_written_again(
+    cuts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tmp_path / "all")
+    args = ["catalogue", "-o", folder, "--json", "--quiet"]
+    assert main([*args, f"base={cuts['base']}"]) == 0
+    (tmp_path / "all" / "base.json").write_text("{")
+    assert "Add the model again under its name" in fails(
+        ["unpack", folder, "-o", str(tmp_path / "x")], capsys
+    )
+    assert main([*args, f"one={cuts['one']}"]) == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert answer["damaged"] == ["base"]
+    assert main([*args, f"base={cuts['base']}"]) == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "damaged" not in answer
+    assert answer["variants"][0]["n_shared"] > 0, "and no blob of it was thrown away"
+    verify(Variant(tmp_path / "all" / "base.json"))
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, ShortstackError("bad")])
+def test_a_run_that_is_stopped_leaves_nothing(
+    fault: BaseException, cuts: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "all"
+    open_catalogue(folder)
+    add(folder, "one", Checkpoint.open(cuts["one"]), ALLOWED)
+    (folder / ".two.trial").write_text("of a hard kill")
+    (folder / BLOBS / ".new-1.partial").write_text("of a hard kill")
+    before = {file for file in folder.rglob("*") if not file.name.startswith(".")}
+
+    def stop(done: int, total: int) -> None:
+        if done == total - 2:
+            raise fault
+
+    with pytest.raises((KeyboardInterrupt, ShortstackError)):
+        add(folder, "base", Checkpoint.open(cuts["base"]), ALLOWED, stop)
+    assert set(folder.rglob("*")) == before
+
+
+def test_two_runs_at_once_and_one_that_adds_nothing(
+    cuts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, base = tmp_path / "all", str(cuts["base"])
+    assert "two of the models are called" in fails(
+        ["catalogue", f"a={base}", f"a={base}", "-o", str(folder)], capsys
+    )
+    fails(["catalogue", f"a={tmp_path}", "-o", str(folder), "--quiet"], capsys)
+    assert not folder.exists()
+    open_catalogue(folder)
+    with alone_in(folder):
+        assert "another shortstack is at work" in fails(
+            ["catalogue", f"a={base}", "-o", str(folder), "--quiet"], capsys
+        )
+
+
+def test_a_taken_name_is_refused_before_anything_is_packed(
+    stored: tuple[Path, dict[str, Cost]],
+    cuts: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = str(stored[0])
+    models = [f"new={cuts['two']}", f"one={cuts['base']}"]
+    assert "another model already" in fails(["catalogue", *models, "-o", folder, "--quiet"], capsys)
+    assert variants(stored[0]) == ["base", "one", "two"]
 
 
 def test_what_cannot_be_a_catalogue_or_a_variant_is_refused(

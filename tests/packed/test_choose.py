@@ -13,7 +13,7 @@ from tests.packed_models import pack as pack_file
 from shortstack.checkpoint import Checkpoint
 from shortstack.packed import choose
 from shortstack.packed.choose import choose_codes, choose_floats, places, tries
-from shortstack.packed.coders import Bytes
+from shortstack.packed.coders import Bytes, coder
 from shortstack.packed.header import CHUNK_BYTES
 from shortstack.packed.pack import pack_one
 from shortstack.packed.sources import Source
@@ -109,3 +109,23 @@ def test_packing_twice_gives_the_same_file(tiny: Path, tmp_path: Path) -> None:
     files: list[Any] = [pack_file(checkpoint, tmp_path / f"{i}.safetensors") for i in range(2)]
     assert files[0].path.read_bytes() == files[1].path.read_bytes()
     assert files[0].sha256 == files[1].sha256
+
+
+def test_what_the_sample_says_of_codes_is_what_all_of_them_take() -> None:
+    """Rows of unlike spread, as in embeddings, of which ANS saves 2.9 %. A sixteenth of a chunk
+    said 0.1 %, and Zstandard was taken."""
+    rng, (rows, columns) = np.random.default_rng(11), (16384, 576)
+    spread = np.exp(rng.standard_normal((rows, 1)) * 0.34) * 5.5
+    values = np.clip(np.rint(rng.standard_normal((rows, columns)) * spread), -127, 127)
+    steps = np.ones(rows, np.float16)
+    chunk = values.astype(np.int8).view(np.uint8).reshape(-1)[: 2**22 // columns * columns]
+    sizes = {name: len(coder(name).encode(chunk, columns, "fast")) for name in ("zstd", "ans")}
+    saved = 1 - sizes["ans"] / sizes["zstd"]
+    assert saved > choose.ANS_SAVING
+    ranges = choose.places_of_codes(rows * columns, columns)
+    data = values.astype(np.int8).view(np.uint8).reshape(-1)
+    sample = np.concatenate([data[start:stop] for start, stop in ranges])
+    chosen = choose_codes(sample, steps.view(np.uint8), columns, AUTO)
+    assert chosen.coders[0] == "ans"
+    assert chosen.streams[0].share == pytest.approx(sizes["ans"] / chunk.size, rel=0.002)
+    assert all(start % columns == 0 for start, _ in ranges)

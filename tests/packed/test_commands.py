@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zstandard
 from tests.command_line import fails
-from tests.packed_models import write_coded
+from tests.packed_models import pack, write_coded
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.cli import main
@@ -31,16 +33,37 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "VerifyRecipe", lambda: few)
 
 
-@pytest.mark.usefixtures("quick")
+def test_packing_and_its_proof_open_no_model(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch and transformers are not even installed."""
+    for package in ("torch", "transformers", "tokenizers"):
+        monkeypatch.setitem(sys.modules, package, None)
+    run(capsys, "export", str(tiny), "--to", "packed", "-o", str(tmp_path / "packed"))
+    file = tmp_path / "packed" / "model.packed.safetensors"
+    run(capsys, "unpack", str(file), "-o", str(tmp_path / "again"))
+
+
+def test_a_packing_that_does_not_prove_equal_leaves_nothing(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coder that loses the last bit of a byte: hashes agree, tensors do not."""
+    from shortstack.packed.coders import none
+
+    monkeypatch.setattr(none, "decode", lambda coded, *_: np.frombuffer(coded, np.uint8) & 0xFE)
+    args = ["export", str(tiny), "--to", "packed", "--option", "coder=none"]
+    assert main([*args, "-o", str(tmp_path / "packed")]) != 0
+    assert "does not unpack to what it was made of" in capsys.readouterr().err
+    assert not (tmp_path / "packed").exists()
+
+
 def test_export_packs_and_proves_and_unpack_gives_the_folder_back(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer = run(capsys, "export", str(tiny), "--to", "packed", "-o", str(tmp_path / "packed"))
-    proof = answer["verification"]
-    assert isinstance(proof, dict)
-    assert proof["runtime"] == "pytorch"
-    assert proof["kl"] < 1e-8  # the cache: float32 sums in another order
-    assert proof["tokenizer_equal"] is True
+    checkpoint = Checkpoint.open(tiny)
+    tensors = len(checkpoint.tensors)
+    assert answer["proof"] == {"equal_bytes": checkpoint.n_bytes, "tensors": tensors}
     names = sorted(file.name for file in (tmp_path / "packed").iterdir())
     assert names == ["model.packed.safetensors", "shortstack.json", "worth.json"]
     file = tmp_path / "packed" / "model.packed.safetensors"
@@ -70,6 +93,29 @@ def test_unpack_goes_on_to_gguf_and_its_download(
     run(capsys, "export", str(coded.path), "--to", "gguf:Q8_0", "-o", str(direct))
     tensors = plain.read_bytes()[-50_000:]
     assert (direct / plain.name).read_bytes()[-50_000:] == tensors
+
+
+def test_check_holds_a_file_against_its_checksums_and_writes_nothing(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coded = write_coded(tiny, tmp_path / "coded")
+    file = pack(coded, tmp_path / "x.safetensors").path
+    before = sorted(tmp_path.rglob("*"))
+    answer = run(capsys, "unpack", str(file), "--check")
+    assert (answer["whole"], answer["n_tensors"]) == (True, len(coded.tensors))
+    packed, content = PackedFile(file), bytearray(file.read_bytes())
+    entry = packed.contents.tensors["model.layers.2.mlp.up_proj.weight"]
+    with packed.open_blob(entry) as blob:
+        content[blob.tell() + 7] ^= 1
+    file.write_bytes(content)
+    assert "layers.2.mlp.up_proj.weight have changed" in fails(
+        ["unpack", str(file), "--check", "--quiet"], capsys
+    )
+    assert "One of them" in fails(["unpack", str(file)], capsys)
+    assert "One of them" in fails(
+        ["unpack", str(file), "--check", "-o", str(tmp_path / "o")], capsys
+    )
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_cannot_be_unpacked_is_refused_in_one_line(

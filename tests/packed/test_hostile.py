@@ -16,8 +16,8 @@ from shortstack.errors import ShortstackError
 from shortstack.packed.file import PackedFile
 from shortstack.packed.header import NO_DIGEST, PREFIX, Contents, encode
 from shortstack.packed.read import plain_chunks, read_whole
-from shortstack.packed.shard_header import parse_head
 from shortstack.packed.unpack import unpack_folder
+from shortstack.safetensors_header import parse_head
 
 MATRIX = "model.layers.0.mlp.up_proj.weight"
 
@@ -162,6 +162,41 @@ def test_what_is_no_packed_file_is_refused(text: bytes, tmp_path: Path) -> None:
         PackedFile(tmp_path / "x.safetensors")
 
 
+def crumbs(document: dict[str, Any]) -> None:
+    """A file cut into chunks of one byte: lengths without end, consistent in themselves."""
+    entry, n = entry_of(document, "config.json"), 6_000_000
+    entry |= {"shape": [n], "raw_bytes": n, "chunk": 1, "coded_bytes": n, "coders": ["none"]}
+    entry["parts"] = [[1]] * n
+
+
+def lengths(document: dict[str, Any]) -> None:
+    """Millions of lengths in one chunk."""
+    entry_of(document)["parts"] = [[1] * 10_000_000]
+
+
+@pytest.mark.parametrize("edit", [crumbs, lengths])
+def test_a_header_of_lengths_alone_is_refused_before_it_is_parsed(
+    edit: Callable[[dict[str, Any]], None], packed: PackedFile, tmp_path: Path
+) -> None:
+    file = rewritten(packed, tmp_path / "x.safetensors", edit)
+    assert file.stat().st_size > 2e7
+    tracemalloc.start()
+    with pytest.raises(ShortstackError, match="header has more than 524288 values"):
+        PackedFile(file)
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
+
+
+def test_chunks_of_a_byte_are_refused(packed: PackedFile, tmp_path: Path) -> None:
+    def few(document: dict[str, Any]) -> None:
+        crumbs(document)
+        entry = entry_of(document, "config.json")
+        entry |= {"shape": [1000], "raw_bytes": 1000, "coded_bytes": 1000, "parts": [[1]] * 1000}
+
+    with pytest.raises(ShortstackError, match=r"config\.json: its chunks are too small"):
+        PackedFile(rewritten(packed, tmp_path / "x.safetensors", few))
+
+
 @pytest.mark.parametrize("nested", ["[" * 200_000, "9" * 10_000, '{"a":1,"a":2}', "nul"])
 def test_json_made_to_harm_is_refused(nested: str, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(sealed(nested, {"x": 1}))
@@ -234,5 +269,5 @@ def test_the_head_of_a_shard_must_hold_what_the_entries_say(
     twice = json.dumps(table)[:-1] + ', "model.norm.weight": 1}'
     table["model.norm.weight"]["data_offsets"] = [0, 2**50]
     for text in (json.dumps(table).encode(), twice.encode()):
-        with pytest.raises(ShortstackError, match="no whole safetensors file"):
+        with pytest.raises(ShortstackError, match="truncated or not safetensors"):
             parse_head(len(text).to_bytes(8, "little") + text, "x")

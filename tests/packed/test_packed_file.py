@@ -22,6 +22,7 @@ from shortstack.packed.pack import choose_for, encode_source
 from shortstack.packed.read import plain_chunks, verify
 from shortstack.packed.sources import ReadBytes, Source, left_out
 from shortstack.packed.unpack import unpack_folder
+from shortstack.row_codes import RowCodes, RowCodesReader, RowCodesWriter
 
 SHAPES: list[tuple[int, ...]] = [
     *((), (0,), (1,), (5, 0), (0, 3), (1, 9), (9, 1), (2, 3, 5), (211, 173), (600, 2048)),
@@ -50,6 +51,33 @@ def test_every_family_comes_back_byte_for_byte(name: str, tmp_path: Path) -> Non
     assert same_files(folder, tmp_path / "again")
 
 
+@pytest.mark.parametrize("name", ["model (1).safetensors", "modèle+v2, ok.safetensors"])
+def test_a_shard_of_any_legal_name_comes_back(name: str, tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / name)
+    packed = pack(Checkpoint.open(tmp_path / "model"), tmp_path / "x.safetensors", "none")
+    unpacked(packed, tmp_path / "again")
+    assert same_files(tmp_path / "model", tmp_path / "again")
+
+
+@pytest.mark.parametrize("name", ["-rf.safetensors", "a:b.safetensors", "a\nb.safetensors"])
+def test_a_shard_whose_name_no_folder_should_get_is_refused_in_one_line(
+    name: str, tiny: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / name)
+    with pytest.raises(ShortstackError, match="Rename it, also in"):
+        pack(Checkpoint.open(tmp_path / "model"), tmp_path / "x.safetensors", "none")
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_no_header_can_hold_is_refused_in_one_line(tmp_path: Path) -> None:
+    data = np.zeros(4, np.uint8)
+    source = Source("w" * 600, "tensor", "F32", (1,), reader(data, 4))
+    with pytest.raises(ShortstackError, match="cannot be packed: name: String should have at most"):
+        encode_source(source, choose_for(source, ()), lambda data: None)
+
+
 @pytest.mark.parametrize("coder", ["auto", "zstd", "ans", "none"])
 def test_row_codes_come_back_with_their_sidecar(coder: str, tiny: Path, tmp_path: Path) -> None:
     checkpoint = write_coded(tiny, tmp_path / "model", skip=("embed",))
@@ -71,6 +99,25 @@ def test_codes_that_are_not_the_weights_are_refused(tiny: Path, tmp_path: Path) 
         pack(checkpoint, tmp_path / "x.safetensors")
     assert not list(tmp_path.glob("*.safetensors*"))
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("columns", [70_000, 2**22 + 5])
+def test_row_codes_of_wide_rows_are_sampled_and_cut_by_whole_rows(
+    columns: int, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(5)
+    codes = rng.integers(-3, 4, (5, columns), np.int8)
+    matrix = RowCodes(codes, rng.uniform(0.01, 0.1, 5).astype(np.float16))
+    data = matrix.weights().view(np.uint8).reshape(-1)
+    with RowCodesWriter(tmp_path, {"w": (5, columns)}) as writer:
+        writer.write("w", matrix)
+    source = Source("w", "tensor", "F32", codes.shape, reader(data, 4), RowCodesReader(tmp_path))
+    blob = bytearray()
+    entry = encode_source(source, choose_for(source, tries("zstd", "fast")), blob.extend)
+    assert entry.kind == "row-codes"
+    assert entry.chunk % columns == 0
+    found = list(plain_chunks(OneBlob(bytes(blob), entry), entry))
+    assert b"".join(chunk.tobytes() for chunk in found) == data.tobytes()
 
 
 @pytest.mark.parametrize("coder", ["auto", "ans", "none"])

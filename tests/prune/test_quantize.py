@@ -12,14 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shortstack.checkpoint import Checkpoint
+from shortstack.entropy import entropy_bits
 from shortstack.errors import ShortstackError
 from shortstack.pretrained import load
 from shortstack.prune.quantize import QuantizeSettings, quantize
-from shortstack.prune.quantize.compensate import compensated_codes, factor_of, remaining_power
+from shortstack.prune.quantize.compensate import (
+    compensated_codes,
+    factor_of,
+    remaining_power,
+    unclipped_codes,
+)
 from shortstack.prune.quantize.compensate import fitted_steps as fitted_by_inputs
 from shortstack.prune.quantize.uniform import (
     code_counts,
-    entropy_bits,
     fitted_steps,
     nearest_codes,
     stored_steps,
@@ -210,3 +215,44 @@ def test_every_variant_can_be_compensated(any_model: Path, tmp_path: Path) -> No
     tokens = torch.tensor(windows[:2])
     one, two = (load(path, torch.float32)(tokens).logits for path in (any_model, out))
     assert 0 < (one - two).square().mean() < 0.05 * one.square().mean()
+
+
+def test_compensated_codes_are_never_clipped() -> None:
+    """Peaks within 127 steps, but inputs so alike that later columns make up for many before."""
+    generator = torch.Generator().manual_seed(3)
+    shared = torch.randn(400, 1, generator=generator)
+    inputs = shared + 0.03 * torch.randn(400, 96, generator=generator)
+    weights = torch.randn(40, 96, generator=generator).sign() * 0.1 * 126.9
+    weights[20:] *= 0.01
+    steps = torch.full((40,), 0.1)
+    order, upper = factor_of(inputs.T @ inputs / 400)
+    clipped = compensated_codes(weights, steps, order, upper, 127)
+    codes, larger = unclipped_codes(weights, steps, order, upper, 127)
+    beyond = larger > steps
+    assert 0 < beyond.sum() <= 20, "small rows keep their steps"
+    assert torch.equal(larger, larger.half().float().where(beyond, steps))
+    assert torch.equal(codes[~beyond], clipped[~beyond])
+    again = compensated_codes(weights, larger, order, upper, 10_000)  # int8 would wrap around
+    assert torch.equal(codes, again)
+    costs = [
+        ((weights - q * s[:, None]) @ inputs.T)[beyond].square().mean()
+        for q, s in ((clipped, steps), (codes, larger))
+    ]
+    assert costs[1] < costs[0]
+
+
+@pytest.mark.parametrize("place", ["model.layers.1.input_layernorm", "model.norm"])
+def test_a_norm_beyond_all_others_is_one_line(
+    place: str, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_model("llama-tied")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{place}.weight"][0] = 1e30
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    windows = torch.randint(0, 60, (4, 32), generator=torch.Generator().manual_seed(0)).tolist()
+    settings = QuantizeSettings(bits=5.0, method="compensated", tune_steps=0)
+    with pytest.raises(ShortstackError, match="cannot be reckoned with on the calibration text"):
+        quantize(Checkpoint.open(folder), tmp_path, settings, calibration=windows)
+    out = tmp_path / "plain"
+    out.mkdir()
+    quantize(Checkpoint.open(folder), out, QuantizeSettings(bits=5.0))

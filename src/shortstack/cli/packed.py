@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from shortstack.cli.shared import JsonOption, Out, QuietOption, Text, Zst, answer, user_errors
+from shortstack.errors import ShortstackError
 
 
 @user_errors
 def unpack(
     model: Annotated[Path, typer.Argument(help="A packed file, or a catalogue's folder.")],
-    out: Out,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.")] = None,
     to: Annotated[
         str, typer.Option(help="hf (the folder, bit for bit), gguf:Q8_0, onnx:int8.")
     ] = "hf",
@@ -22,6 +23,9 @@ def unpack(
     max_perplexity_ratio: Annotated[float, typer.Option(help="Gate of a quantized file.")] = 1.25,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     zst: Zst = False,
+    check: Annotated[
+        bool, typer.Option(help="Only hold it against its checksums; write nothing.")
+    ] = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -30,17 +34,23 @@ def unpack(
     from shortstack.commands import packed as packed_commands
     from shortstack.devices.host import usable_cores
 
-    result = packed_commands.unpack(
-        model,
-        to,
-        out,
-        variant=variant,
-        zst=zst,
-        text=text,
-        max_perplexity_ratio=max_perplexity_ratio,
-        threads=threads or usable_cores(),
-        display=terminal.display(quiet or as_json),
-    )
+    display = terminal.display(quiet or as_json)
+    if check == (out is not None):
+        raise ShortstackError("say where to: -o FOLDER, or --check to write nothing. One of them.")
+    if out is None:
+        result = packed_commands.check(model, variant=variant, display=display)
+    else:
+        result = packed_commands.unpack(
+            model,
+            to,
+            out,
+            variant=variant,
+            zst=zst,
+            text=text,
+            max_perplexity_ratio=max_perplexity_ratio,
+            threads=threads or usable_cores(),
+            display=display,
+        )
     answer(result, as_json, lambda: terminal.print_facts(result, quiet))
 
 

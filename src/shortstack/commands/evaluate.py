@@ -47,7 +47,9 @@ def evaluate(
     _check_out(out)
     named = [Path(name) for name in (*models, against) if name is not None]
     check_apart(out, [path for path in named if path.exists()])
-    facts = {"command": "eval", "models": list(models), "against": against, "seed": seed}
+    told = [Path(name).name for name in models]  # a record holds no folders of the machine
+    first_told = None if against is None else Path(against).name
+    facts = {"command": "eval", "models": told, "against": first_told, "seed": seed}
     with contextlib.ExitStack() as stack:
         found = [_Wanted(name, runtime, tokenizer) for name in models]
         first = None if against is None else _Wanted(against, "", tokenizer)
@@ -269,8 +271,8 @@ def _gathered(
         "seed": seed,
         "loading": dataclasses.asdict(loading),
         "original": None if original is None else original.label,
-        "models": [target.to_dict() for target in targets],
-        "sets": [{**spec.identity, "path": str(spec.path)} for spec in sets],
+        "models": [target.record for target in targets],
+        "sets": [{**spec.identity, "path": spec.path.name} for spec in sets],
         "results": rows,
     }
 

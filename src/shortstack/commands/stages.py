@@ -30,7 +30,6 @@ from shortstack.manifest import (
     write_manifest,
     write_text,
 )
-from shortstack.packed.worth import read_worth
 from shortstack.progress import Display
 from shortstack.prune.plan import PrunePlan, parse_removal, read_plan
 from shortstack.recipe import (
@@ -179,8 +178,9 @@ def export(
         _check_zst(wanted)
     check_apart(out, model_paths(model))
     check_threads(threads)
-    require_pytorch()
     spec = wanted.spec
+    if spec.format != "packed":
+        require_pytorch()
     preview = forecast.preview_or_refuse(model) if dry_run else preview_model(model)
     checks = VerifyRecipe()
     if preview is not None:
@@ -189,6 +189,10 @@ def export(
         if dry_run:
             return {"export": spec.slug, **expected}
         require_space(out, expected["disk_bytes"] + preview.materialised_bytes)
+    if spec.format == "packed":
+        from shortstack.commands.packed import export_packed
+
+        return export_packed(model, wanted, out, display)
     corpus = open_corpus(text)
     with opened(model, out, display) as checkpoint:
         exporter(spec.format).check(checkpoint, spec)  # of a hub model nothing was known before
@@ -221,8 +225,7 @@ def export(
                     facts["download"] = _compress(partial, facts, display)
                 kept = write_manifest(partial, "export", key, facts)
                 display.note(in_words(facts["footprint"]))
-    worth = read_worth(out)
-    return {"folder": str(out), **facts_of(kept), **({"worth": worth} if worth else {})}
+    return {"folder": str(out), **facts_of(kept)}
 
 
 def _check_zst(wanted: ExportRecipe) -> None:

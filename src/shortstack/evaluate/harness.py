@@ -81,7 +81,7 @@ class ShortstackLM(TemplateLM):  # type: ignore[misc]  # lm_eval ships no types
         return self._target.label
 
     def get_model_info(self) -> dict[str, Any]:
-        return {**self._scorer.info, "sha256": self._target.sha256, "path": str(self._target.path)}
+        return {**self._scorer.info, "sha256": self._target.sha256, "path": self._target.path.name}
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any

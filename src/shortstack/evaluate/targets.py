@@ -64,6 +64,12 @@ class Target:
             "tokenizer": None if self.tokenizer is None else str(self.tokenizer),
         }
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """The same for a record: names, no folders of the machine."""
+        name = None if self.tokenizer is None else self.tokenizer.name
+        return {**self.to_dict(), "path": self.path.name, "tokenizer": name}
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Target:
         given = data["tokenizer"]

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from shortstack.checkpoint import DTYPE_BYTES, Checkpoint
 from shortstack.disk import disk_errors
+from shortstack.errors import ShortstackError
 from shortstack.manifest import partial_of
 from shortstack.packed import pack
 from shortstack.packed.choose import Tries
@@ -46,6 +47,11 @@ def write_packed(
     """Write the file whole or not at all. Memory: a few chunks, whatever the model's size."""
     partial = partial_of(target)
     room = header_room(checkpoint)
+    if room > HEADER_BYTES:
+        raise ShortstackError(
+            f"{checkpoint.path} has {len(checkpoint.tensors)} tensors: too many for the header of "
+            "one packed file. Report this model."
+        )
     try:
         with disk_errors(target), partial.open("wb") as file:
             file.write(bytes(8 + room))

@@ -17,10 +17,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from shortstack.checkpoint import DTYPE_BYTES, TOKENIZER_FILES
 from shortstack.errors import ShortstackError, one_line
 from shortstack.packed.coders import MAX_CHUNK_BYTES
-from shortstack.packed.shard_header import unique_keys
+from shortstack.safetensors_header import unique_keys
 
 HEADER_BYTES = 2**25
 """Fifty times what a model of 7 billion weights needs; parsed it takes about 20 times as much."""
+
+MOST_VALUES = 2**19
+"""In a header, counted by its commas before it is parsed: sixty times what 7 billion weights need.
+A value of two bytes can take a hundred in memory."""
+
+LEAST_CHUNK_BYTES = 2**16
+"""Of what is cut at all: smaller chunks would make a header of lengths alone."""
 
 CHUNK_BYTES = 2**24
 """What is coded at once: bounds the memory of packing and of unpacking."""
@@ -130,6 +137,10 @@ class Entry(BaseModel):
             ("a file or a shard's head is too large", not files or n <= WHOLE_BYTES),
             ("a chunk is too large", self.chunk * self.itemsize <= MAX_CHUNK_BYTES),
             (
+                "its chunks are too small",
+                len(self.parts) < 2 or self.chunk * self.itemsize >= LEAST_CHUNK_BYTES,
+            ),
+            (
                 "row codes are for F32 matrices, by whole rows",
                 self.kind != "row-codes"
                 or (
@@ -159,13 +170,7 @@ class Entry(BaseModel):
             ),
             (
                 "a shard is NAME.safetensors",
-                self.kind != "shard"
-                or (
-                    self.name.endswith(".safetensors")
-                    and self.name.replace("-", "").replace("_", "").replace(".", "").isalnum()
-                    and self.name.isascii()
-                    and not self.name.startswith((".", "-"))
-                ),
+                self.kind != "shard" or names_a_shard(self.name),
             ),
         ]
 
@@ -203,17 +208,38 @@ class Contents(BaseModel):
 
 def parse_contents(text: str, where: str) -> Contents:
     """Read a JSON document `Contents`. Raises ShortstackError for all it must not be."""
+    check_count(text.count(","), where)
     try:
         return Contents.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise damaged(where, f"{place}: {first['msg']}") from None
+        raise damaged(where, first_fault(error)) from None
 
 
-def damaged(where: str, fact: str) -> ShortstackError:
+def first_fault(error: ValidationError) -> str:
+    """The first thing that is wrong, and where."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+
+
+def names_a_shard(name: str) -> bool:
+    """Whether unpacking may write a file of this name: in the folder, seen, and typed as it is."""
+    return (
+        name.endswith(".safetensors")
+        and name.isprintable()
+        and not name.startswith((".", "-"))
+        and not set('/\\:*?"<>|') & set(name)
+    )
+
+
+def check_count(commas: int, where: str) -> None:
+    """Raise ShortstackError for JSON of more values than any model's header has."""
+    if commas > MOST_VALUES:
+        raise damaged(where, f"its header has more than {MOST_VALUES} values")
+
+
+def damaged(where: str, fact: str, remedy: str = "Get it again.") -> ShortstackError:
     return ShortstackError(
-        f"{where} is damaged or not a packed model: {one_line(fact, 300)}. Get it again."
+        f"{where} is damaged or not a packed model: {one_line(fact, 300)}. {remedy}"
     )
 
 
@@ -256,6 +282,7 @@ def decode(whole: bytes, data_bytes: int, where: str) -> Contents:
     zeroed = hashlib.sha256(whole[:at] + NO_DIGEST + whole[at + 64 :])
     if zeroed.hexdigest().encode() != said:
         raise damaged(where, "the header's checksum is wrong")
+    check_count(whole.count(b","), where)
     table = _json(whole[8:], where)
     meta = table.pop("__metadata__")
     if not isinstance(meta, dict) or set(meta) != {"header_sha256", "packed"}:

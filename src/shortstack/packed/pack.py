@@ -8,14 +8,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from shortstack import __version__
 from shortstack.checkpoint import Checkpoint
+from shortstack.entropy import bits_a_byte
+from shortstack.errors import ShortstackError, one_line
 from shortstack.packed import choose
 from shortstack.packed.choose import PLAIN, Choice, Tries
 from shortstack.packed.coders import Bytes, coder
-from shortstack.packed.header import CHUNK_BYTES, Contents, Entry
+from shortstack.packed.header import CHUNK_BYTES, Contents, Entry, first_fault
 from shortstack.packed.sources import Source, sources
-from shortstack.packed.tensors import entropy_bits, split_floats
+from shortstack.packed.tensors import split_floats
 from shortstack.progress import OnProgress, silent
 
 TOOL = f"shortstack {__version__}"
@@ -83,14 +87,15 @@ def choose_for(source: Source, allowed: Tries) -> Choice:
         texts = [t for t in allowed if t[0] != "ans"]
         texts += [("zstd", "matching")] if texts else []
         stream = choose.choose_stream(data, 1, texts)
-        return Choice(source.kind, (stream,), entropy_bits(data), "a file")
+        return Choice(source.kind, (stream,), bits_a_byte(data), "a file")
     if source.n_elements == 0:
         return Choice("raw", (PLAIN,), 0.0, "empty")
-    ranges = choose.places(source.n_elements, source.columns, source.itemsize)
     if source.codes is not None:
+        ranges = choose.places_of_codes(source.n_elements, source.columns)
         parts = [source.read_codes(*place) for place in ranges]
         codes, steps = (choose.joined([part[i] for part in parts]) for i in (0, 1))
         return choose.choose_codes(codes, steps, source.columns, allowed)
+    ranges = choose.places(source.n_elements, source.columns, source.itemsize)
     data = choose.joined([source.read(*place) for place in ranges])
     return choose.choose_floats(data, source.itemsize, source.columns, allowed)
 
@@ -98,7 +103,7 @@ def choose_for(source: Source, allowed: Tries) -> Choice:
 def encode_source(source: Source, choice: Choice, append: Append) -> Entry:
     """Code chunk by chunk; the entry says where everything lies."""
     itemsize = source.itemsize
-    chunk = chunk_elements(source.columns, itemsize)
+    chunk = chunk_of(source)
     raw = [hashlib.sha256() for _ in range(2 if choice.kind == "row-codes" else 1)]
     coded, parts, raw_bytes = hashlib.sha256(), [], 0
     for start in range(0, source.n_elements, chunk):
@@ -113,21 +118,23 @@ def encode_source(source: Source, choice: Choice, append: Append) -> Entry:
             lengths.append(len(data))
             raw_bytes += stream.size
         parts.append(tuple(lengths))
-    return Entry.model_validate(
-        {
-            "name": source.name,
-            "kind": choice.kind,
-            "dtype": source.dtype,
-            "shape": source.shape,
-            "chunk": chunk,
-            "coders": choice.coders,
-            "parts": tuple(parts),
-            "raw_bytes": raw_bytes,
-            "coded_bytes": sum(map(sum, parts)),
-            "raw_sha256": tuple(digest.hexdigest() for digest in raw),
-            "coded_sha256": coded.hexdigest(),
-        }
-    )
+    facts = {
+        "name": source.name,
+        "kind": choice.kind,
+        "dtype": source.dtype,
+        "shape": source.shape,
+        "chunk": chunk,
+        "coders": choice.coders,
+        "parts": tuple(parts),
+        "raw_bytes": raw_bytes,
+        "coded_bytes": sum(map(sum, parts)),
+        "raw_sha256": tuple(digest.hexdigest() for digest in raw),
+        "coded_sha256": coded.hexdigest(),
+    }
+    try:
+        return Entry.model_validate(facts)
+    except ValidationError as error:
+        raise _unpackable(source.name, error) from None
 
 
 def _streams(source: Source, kind: str, start: int, stop: int, raw: list[Any]) -> list[Bytes]:
@@ -148,6 +155,15 @@ def chunk_elements(columns: int, itemsize: int) -> int:
     return most // columns * columns if columns <= most else most
 
 
+def chunk_of(source: Source) -> int:
+    """Elements of a source that are coded at once: of row codes whole rows, however long, as a row
+    has one step."""
+    chunk = chunk_elements(source.columns, source.itemsize)
+    if source.codes is None:
+        return chunk
+    return max(chunk // source.columns, 1) * source.columns
+
+
 def stream_columns(kind: str, stream: int, columns: int, itemsize: int) -> int:
     """Bytes of a row in a stream: what coders may group by."""
     if kind == "row-codes":
@@ -161,4 +177,14 @@ def table(made: Iterable[Packing], unpack_s: Mapping[str, float]) -> list[dict[s
 
 
 def contents(entries: list[Entry]) -> Contents:
-    return Contents(tool=TOOL, entries=tuple(entries))
+    try:
+        return Contents(tool=TOOL, entries=tuple(entries))
+    except ValidationError as error:
+        raise _unpackable("the model", error) from None
+
+
+def _unpackable(what: str, error: ValidationError) -> ShortstackError:
+    return ShortstackError(
+        f"{one_line(what, 100)} cannot be packed: {one_line(first_fault(error), 200)}. "
+        "Leave it out, or report this model."
+    )

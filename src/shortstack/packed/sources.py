@@ -12,10 +12,10 @@ from shortstack.checkpoint import DTYPE_BYTES, SIDECAR, Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.manifest import MANIFEST
 from shortstack.packed.coders import Bytes
-from shortstack.packed.header import FILES
-from shortstack.packed.shard_header import parse_head, read_head
+from shortstack.packed.header import FILES, names_a_shard
 from shortstack.packed.tensors import dequantize
-from shortstack.row_codes_file import RowCodesFile
+from shortstack.row_codes import RowCodesReader
+from shortstack.safetensors_header import parse_head, read_head
 
 ReadBytes = Callable[[int, int], Bytes]
 """Bytes of elements `start` to `stop`, as the checkpoint stores them."""
@@ -31,7 +31,7 @@ class Source:
     dtype: str
     shape: tuple[int, ...]
     read: ReadBytes
-    codes: RowCodesFile | None = None
+    codes: RowCodesReader | None = None
 
     @property
     def is_tensor(self) -> bool:
@@ -74,9 +74,9 @@ def sources(checkpoint: Checkpoint) -> Iterator[Source]:
         file = checkpoint.path / name
         if file.is_file():
             yield _whole(name, "file", file.read_bytes())
-    sidecar = RowCodesFile(checkpoint)
+    sidecar = RowCodesReader.of(checkpoint)
     for shard in checkpoint.shards:
-        yield from _shard(checkpoint.path / shard, sidecar)
+        yield from _shard(checkpoint.path, shard, sidecar)
     if sidecar.head:
         yield _whole(SIDECAR, "shard", sidecar.head)
 
@@ -92,7 +92,13 @@ def _whole(name: str, kind: str, content: bytes) -> Source:
     return Source(name, kind, "U8", (data.size,), lambda start, stop: data[start:stop])
 
 
-def _shard(path: Path, sidecar: RowCodesFile) -> Iterator[Source]:
+def _shard(folder: Path, name: str, sidecar: RowCodesReader) -> Iterator[Source]:
+    if not names_a_shard(name):
+        raise ShortstackError(
+            f"{folder / name}: unpacking could not write a file of this name everywhere. "
+            "Rename it, also in model.safetensors.index.json."
+        )
+    path = folder / name
     with path.open("rb") as file:
         head = read_head(file, path)
         yield _whole(path.name, "shard", head)

@@ -51,13 +51,4 @@ def dequantize(codes: Bytes, steps: Bytes, columns: int) -> Bytes:
     return weights.astype("<f4", copy=False).reshape(-1).view(np.uint8)
 
 
-def entropy_bits(streams: Bytes) -> float:
-    """Σ -p log2 p of the bytes, bits a byte: what no coder of single bytes can beat."""
-    if streams.size == 0:
-        return 0.0
-    counts = np.bincount(streams, minlength=256)
-    share = counts[counts > 0] / streams.size
-    return float(-(share * np.log2(share)).sum()) + 0.0
-
-
 assert sys.byteorder == "little", "packed models are read and written on little-endian machines"

@@ -10,9 +10,9 @@ from shortstack.disk import disk_errors, require_space
 from shortstack.packed.coders import Bytes
 from shortstack.packed.header import Entry, damaged
 from shortstack.packed.read import Packed, plain_chunks, read_whole, streams
-from shortstack.packed.shard_header import Slot, parse_head
 from shortstack.progress import OnProgress, silent
-from shortstack.row_codes_file import CODES, STEPS
+from shortstack.row_codes import CODES, STEPS
+from shortstack.safetensors_header import Slot, parse_head
 
 
 def unpack_folder(packed: Packed, out: Path, progress: OnProgress = silent) -> Checkpoint:
@@ -20,9 +20,7 @@ def unpack_folder(packed: Packed, out: Path, progress: OnProgress = silent) -> C
 
     Raises ShortstackError for a damaged file, named with the tensor, and for too little disk.
     """
-    heads = {e.name: read_whole(packed, e) for e in packed.contents.entries if e.kind == "shard"}
-    plan = {name: plan_shard(packed, name, head) for name, head in heads.items()}
-    _check_complete(packed, plan)
+    heads, plan = check_complete(packed)
     require_space(out, disk_bytes(packed, plan))
     total, done = sum(map(len, plan.values())), 0
     with disk_errors(out):
@@ -38,6 +36,14 @@ def unpack_folder(packed: Packed, out: Path, progress: OnProgress = silent) -> C
                     done += 1
                     progress(done, total)
     return Checkpoint.open(out)
+
+
+def check_complete(packed: Packed) -> tuple[dict[str, bytes], dict[str, list[Slot]]]:
+    """Heads and tensors of all shards, by their names; every tensor lies in one of them."""
+    heads = {e.name: read_whole(packed, e) for e in packed.contents.entries if e.kind == "shard"}
+    plan = {name: plan_shard(packed, name, head) for name, head in heads.items()}
+    _check_placed(packed, plan)
+    return heads, plan
 
 
 def disk_bytes(packed: Packed, plan: dict[str, list[Slot]]) -> int:
@@ -70,7 +76,7 @@ def _stem(name: str) -> str:
     return name.removesuffix(CODES) if name.endswith(CODES) else name.removesuffix(STEPS)
 
 
-def _check_complete(packed: Packed, plan: dict[str, list[Slot]]) -> None:
+def _check_placed(packed: Packed, plan: dict[str, list[Slot]]) -> None:
     """Every tensor lies in one shard, and every pair of row codes in the sidecar."""
     placed = [slot.name for name, slots in plan.items() if name != SIDECAR for slot in slots]
     tensors = packed.contents.tensors
