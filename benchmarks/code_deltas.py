@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from shortstack.checkpoint import Checkpoint
 from shortstack.floats import from_stored
 from shortstack.packed.coders import coder
+from shortstack.prune.quantize.matrices import matrix_names
 from shortstack.prune.quantize.uniform import nearest_codes
 from shortstack.prune.quantize.write import write_folder
 from shortstack.row_codes import CODE_MAX, RowCodes, RowCodesReader, RowCodesWriter
@@ -63,7 +64,7 @@ def restore(original: Checkpoint, file: Path, out: Path) -> Checkpoint:
     from safetensors.numpy import load_file
 
     parts = load_file(file)
-    names = [key.removesuffix(".steps") for key in parts if key.endswith(".steps")]
+    names = [name for name in matrix_names(original) if f"{name}.steps" in parts]
     shapes = {name: original.tensors[name].shape for name in names}
     out.mkdir(parents=True)
     with (

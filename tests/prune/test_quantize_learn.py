@@ -156,7 +156,7 @@ def test_gradients_pass_rounding_as_if_it_were_not_there() -> None:
     through = latent + (latent.round() - latent).detach()
     weights = through * (base * factors)[:, None]
     weights.retain_grad()
-    (weights * wanted).square().sum().backward()  # type: ignore[no-untyped-call]
+    (weights * wanted).square().sum().backward()
     assert weights.grad is not None
     found = latent_gradients(
         weights.grad.clone(), weights.detach(), (base * factors).detach(), factors.detach()
