@@ -45,6 +45,20 @@ def test_a_model_is_quantized_measured_and_then_found_done(
     assert 0.9 < ratios[0] < 1.1
 
 
+def test_codes_learn_from_text_and_from_what_the_model_writes(
+    tiny: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "made" / "out"
+    few = ["--windows", "4", "--window-tokens", "32", "--device", "cpu"]
+    learning = ["--learn-tokens", "256", "--batch-tokens", "128", "--self-generated-tokens", "64"]
+    command = ["quantize", str(tiny), "--bits", "5", "--text", str(corpus), "-o", str(out)]
+    assert main([*command, *few, *learning, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["bits_per_weight"] == pytest.approx(5.0, abs=0.02)
+    assert answer["learning"]["steps"] == 2
+    assert [place.name for place in out.parent.iterdir()] == ["out"], "samples and states are gone"
+
+
 def test_what_a_user_gets_wrong_is_one_line(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -52,6 +66,9 @@ def test_what_a_user_gets_wrong_is_one_line(
         "unknown method of quantizing 'plane'. Did you mean 'plain'?": ["--method", "plane"],
         "--bits must be above 0 and at most 8, got 9": ["--bits", "9"],
         "--rate-weight must be from 0 to 4": ["--rate-weight", "5"],
+        "--learning-rate must be above 0 and at most 0.5, got 1": ["--learning-rate", "1"],
+        "self_generated_tokens is for learning codes": ["--self-generated-tokens", "5"],
+        "device 'cuda:77' cannot be used": ["--device", "cuda:77"],
         "Choose other --bits": ["--bits", "0.1", "--method", "plain"],
         "none.txt": ["--text", str(tmp_path / "none.txt")],
         "overlap": ["-o", str(tiny / "inside")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import numpy as np
 from shortstack.checkpoint import Checkpoint
 from shortstack.disk import disk_errors, require_space
 from shortstack.progress import OnProgress
-from shortstack.prune.quantize import QuantizeSettings
+from shortstack.prune.quantize import LearningText, QuantizeSettings
 from shortstack.prune.quantize.matrices import Floats, Matrix, look_at, matrix_names
 from shortstack.prune.quantize.plain import write_plain
 from shortstack.prune.quantize.rate import MatrixRate, other_bits, scale_for
@@ -26,6 +27,7 @@ def run(
     out: Path,
     settings: QuantizeSettings,
     calibration: list[list[int]],
+    learning: LearningText | None,
     progress: OnProgress,
 ) -> tuple[Checkpoint, dict[str, Any]]:
     """See `shortstack.prune.quantize.quantize`."""
@@ -37,7 +39,16 @@ def run(
             matrices = [look_at(reader, checkpoint, name) for name in names]
         wanted = settings.bits * checkpoint.n_params - other_bits(checkpoint, names)
         make = _compensated if settings.method == "compensated" else _plain
-        made = make(checkpoint, matrices, wanted, out, settings, calibration, progress)
+        if settings.learn_tokens and learning is not None:
+            from shortstack.prune.quantize.learn import learned
+
+            start = functools.partial(
+                make, checkpoint, matrices, wanted, out, settings, calibration
+            )
+            found = learned(checkpoint, matrices, wanted, out, settings, learning, start, progress)
+            made = Rounded(*found)
+        else:
+            made = make(checkpoint, matrices, wanted, out, settings, calibration, progress)
         written = write_folder(checkpoint, out, made.changed)
     return written, facts_of(checkpoint, matrices, made.rates, settings) | made.facts
 
@@ -85,17 +96,21 @@ def _compensated(
 
     from shortstack.prune.calibrate import LayerwiseModel, batches
     from shortstack.prune.quantize.compensated import importances, write_compensated
+    from shortstack.prune.quantize.device import device_of
     from shortstack.prune.quantize.sensitivity import measure
     from shortstack.prune.quantize.tune import Original, tune, write_tuned
 
-    parts = batches(calibration)
+    device = device_of(settings.device)
+    parts = [tokens.to(device) for tokens in batches(calibration)]
     model = LayerwiseModel(checkpoint, "float32")
-    total = len(parts) + model.n_layers + settings.tune_steps
+    model.module.to(device)
+    tune_steps = settings.tune_steps if settings.tunes else 0
+    total = len(parts) + model.n_layers + tune_steps
 
     def later(before: int) -> OnProgress:
         return lambda done, _: progress(before + done, total)
 
-    original = Original.of(model) if settings.tune_steps else None
+    original = Original.of(model) if tune_steps else None
     finals = original.finals if original else None
     found = measure(checkpoint, model, parts, settings.seed, later(0), finals)
     with torch.no_grad():
@@ -109,7 +124,7 @@ def _compensated(
     if original is None:
         return Rounded(rates)
     told = later(len(parts) + model.n_layers)
-    tuned = tune(checkpoint, model, parts, original, settings.tune_steps, settings.seed, told)
+    tuned = tune(checkpoint, model, parts, original, tune_steps, settings.seed, told)
     rates = write_tuned(out, matrices, tuned, rates)
     changed = {name: values.float().cpu().numpy() for name, values in tuned.tensors.items()}
     kl = {str(step): nats for step, nats in tuned.kl.items()}

@@ -52,14 +52,19 @@ def coded_bits(codes: NDArray[np.int8]) -> tuple[float, float, int]:
     One i.i.d. coder for the matrix, or one for each of GROUPS groups of rows of like spread and a
     byte a row that says which: whichever takes less.
     """
-    counts = code_counts(codes)
-    whole = (entropy_bits(counts), 0.0, TABLE_BITS * int((counts > 0).sum()))
     spreads = np.square(codes, dtype=np.float32).sum(axis=1)
     order = np.argsort(spreads, kind="stable")
     parts = [code_counts(codes[part]) for part in np.array_split(order, GROUPS) if part.size]
+    return bits_of_counts(parts, len(codes))
+
+
+def bits_of_counts(parts: Sequence[NDArray[np.int64]], rows: int) -> tuple[float, float, int]:
+    """What `coded_bits` gives, from how often each code occurs in each group of rows."""
+    counts = np.sum(parts, axis=0)
+    whole = (entropy_bits(counts), 0.0, TABLE_BITS * int((counts > 0).sum()))
     tables = TABLE_BITS * sum(int((part > 0).sum()) for part in parts)
     grouped = (sum(map(entropy_bits, parts)), 8.0, tables)
-    return min(whole, grouped, key=lambda bits: bits[0] + bits[1] * len(codes) + bits[2])
+    return min(whole, grouped, key=lambda bits: bits[0] + bits[1] * rows + bits[2])
 
 
 def rate_of(name: str, shape: tuple[int, int], codes: NDArray[np.int8], step: float) -> MatrixRate:

@@ -39,6 +39,17 @@ def quantize(
     tune_steps: Annotated[
         int, typer.Option(min=0, help="Batches that row steps and norms learn from; 0: none.")
     ] = 12,
+    learn_tokens: Annotated[
+        int, typer.Option(min=0, help="Text that codes learn from, in its place; best on a card.")
+    ] = 0,
+    self_generated_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens more to learn from that the model writes itself.")
+    ] = 0,
+    learning_rate: Annotated[
+        float, typer.Option(help="By how much of a step a code learns in a batch.")
+    ] = 0.003,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens a batch of learning.")] = 8192,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda:0.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the tokens that sensitivities are drawn with.")] = 0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -50,7 +61,8 @@ def quantize(
 
     with naming_options():
         settings = QuantizeSettings(
-            bits=bits, method=method, rate_weight=rate_weight, seed=seed, tune_steps=tune_steps
+            *(bits, method, rate_weight, seed, tune_steps),
+            *(learn_tokens, learning_rate, batch_tokens, device),
         )
     display = terminal.display(quiet or as_json)
     result = quantize_commands.quantize_model(
@@ -59,6 +71,7 @@ def quantize(
         window_tokens=window_tokens,
         display=display,
         max_perplexity_ratio=max_perplexity_ratio,
+        self_generated_tokens=self_generated_tokens,
     )
 
     def show() -> None:

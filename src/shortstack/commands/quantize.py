@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from shortstack.checkpoint import Checkpoint
+from shortstack.commands.quantize_learning import beside, learning_text
 from shortstack.commands.stages import opened
 from shortstack.errors import SettingError, ShortstackError
 from shortstack.families import context_tokens
 from shortstack.intake import model_paths
 from shortstack.manifest import check_apart, check_ours, finished, staged, step_key, write_manifest
 from shortstack.progress import Display
-from shortstack.prune.quantize import QuantizeSettings, quantize
+from shortstack.prune.quantize import LearningText, QuantizeSettings, quantize
 from shortstack.text import open_corpus
 from shortstack.tokens import Encoder
 
@@ -32,20 +33,26 @@ def quantize_model(
     window_tokens: int,
     display: Display,
     max_perplexity_ratio: float | None = None,
+    self_generated_tokens: int = 0,
 ) -> dict[str, Any]:
     """Quantize `model`; `out` becomes a Hugging Face folder with the sidecar of codes.
 
     `text`: its calibration part, `windows` of `window_tokens` tokens, is what `compensated` is
     fitted to; `plain` does not open it. `max_perplexity_ratio`: instead of `settings.bits`, the
     fewest bits found whose perplexity on as many windows of the text's selection part is at most
-    so many times the original's. Raises ShortstackError where none of the tries is that good.
+    so many times the original's. `self_generated_tokens`: how much text the model writes itself,
+    for codes to learn from beside the calibration part. Raises ShortstackError where none of the
+    tries is that good.
     """
     check_ours(out, "quantize")
     check_apart(out, model_paths(model))
     if max_perplexity_ratio is not None and not 1.0 < max_perplexity_ratio < math.inf:
         raise SettingError("max_perplexity_ratio", f"must be above 1, got {max_perplexity_ratio}.")
-    judged = max_perplexity_ratio is not None
-    corpus = open_corpus(text) if judged or settings.method == "compensated" else None
+    judged, learns = max_perplexity_ratio is not None, settings.learn_tokens > 0
+    if self_generated_tokens and not learns:
+        raise SettingError("self_generated_tokens", "is for learning codes. Add --learn-tokens.")
+    wants_text = judged or learns or settings.method == "compensated"
+    corpus = open_corpus(text) if wants_text else None
     with opened(model, out, display) as checkpoint:
         inputs: dict[str, Any] = {
             "model": checkpoint.sha256,
@@ -60,11 +67,21 @@ def quantize_model(
             if judged:
                 selection = Encoder(checkpoint).windows(corpus.selection, length, windows)
                 inputs |= {"max_perplexity_ratio": max_perplexity_ratio}
+            if learns:
+                inputs |= {"self_generated_tokens": self_generated_tokens}
         key = step_key("quantize", inputs)
         kept = finished(out, key)
         if kept is None:
+            learning = None
+            if learns and corpus is not None:
+                learning = learning_text(
+                    *(checkpoint, corpus, settings, length, self_generated_tokens),
+                    *(out, key, display),
+                )
             with staged(out, "quantize") as partial:
-                make = functools.partial(_quantized, checkpoint, settings, calibration, display)
+                make = functools.partial(
+                    _quantized, checkpoint, settings, calibration, learning, display
+                )
                 if max_perplexity_ratio is None:
                     facts = make(partial, settings.bits)
                 else:
@@ -74,6 +91,7 @@ def quantize_model(
                     )
                 facts = {"source_sha256": checkpoint.sha256, **facts}
                 kept = write_manifest(partial, "quantize", key, {"quantize": facts})
+            beside(out, "samples").unlink(missing_ok=True)
     return {"checkpoint": str(out), **kept["quantize"]}
 
 
@@ -81,13 +99,17 @@ def _quantized(
     checkpoint: Checkpoint,
     settings: QuantizeSettings,
     calibration: list[list[int]] | None,
+    learning: LearningText | None,
     display: Display,
     out: Path,
     bits: float,
 ) -> dict[str, Any]:
     settings = dataclasses.replace(settings, bits=bits)
+    if learning is not None:
+        learning = dataclasses.replace(learning, key=f"{learning.key} {bits}")
     with display.step("Quantize") as progress:
-        return quantize(checkpoint, out, settings, calibration=calibration, progress=progress)[1]
+        texts: dict[str, Any] = {"calibration": calibration, "learning": learning}
+        return quantize(checkpoint, out, settings, **texts, progress=progress)[1]
 
 
 def _searched(
