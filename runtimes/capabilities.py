@@ -23,7 +23,7 @@ class Capability:
     batch_at_depth: bool = True
     """Whether a batch takes prompts behind a cache that holds something."""
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Name of an option -> the words it takes; `N` stands for a whole number."""
+    """Name of an option -> the words it takes; `N` stands for a whole number, `FILE` for a path."""
 
 
 CAPABILITIES: Mapping[str, Capability] = {
@@ -45,6 +45,17 @@ CAPABILITIES: Mapping[str, Capability] = {
             "dtype": ("float32", "bfloat16", "float16"),
             "cuda_graph": ("off", "on"),
             "quantize": ("none", "bnb-int8", "bnb-nf4", "torchao-int4", "awq-int4"),
+        },
+    ),
+    "pytorch-packed": Capability(
+        devices=("cpu", "cuda"),
+        batch=True,
+        options={
+            "dtype": ("bfloat16", "float32"),
+            "form": ("auto", "direct", "int8", "stream", "plain"),
+            "head": ("auto", "direct", "int8", "stream", "plain"),
+            "workers": ("auto", "N"),
+            "plan": ("none", "FILE"),
         },
     ),
 }
@@ -124,7 +135,8 @@ def _check_option(runtime: str, offered: Capability, name: str, value: str) -> N
             raise ShortstackError(f"{runtime} has no options, {name!r} is given. Leave it out.")
         raise unknown(f"option of {runtime}", name, offered.options)
     words = offered.options[name]
-    if value not in words and not ("N" in words and value.isdigit()):
+    free = ("N" in words and value.isdigit()) or ("FILE" in words and value)
+    if value not in words and not free:
         raise ShortstackError(
             f"{runtime}: {name} is {value!r}, it must be one of: {', '.join(words)}."
         )

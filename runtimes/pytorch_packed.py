@@ -1,0 +1,154 @@
+"""A packed model run as it lies: matrices stay coded, or in few bits, while the model runs.
+
+docs/packed_runtime.md says what the forms cost; `packed/` holds them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from shortstack.errors import MissingExtraError, ShortstackError, require
+from shortstack.packed.plan_file import PlanFile, read_plan
+from shortstack.packed.resident import Resident
+from shortstack.runtimes.capabilities import device_kind
+from shortstack.runtimes.pytorch import PyTorchSession
+
+AUTO = "auto"
+NONE = "none"
+
+
+class Packed:
+    """Opens a packed file for a PyTorchSession: its `loader`. Keeps what lives as long as the
+    session does."""
+
+    def __init__(self, *, form: str, head: str, workers: str, threads: int, plan: PlanFile | None):
+        self._form, self._head, self._plan = form, head, plan
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        free = max(0, min(4, cores - threads))  # more would take the cores that multiply
+        self._workers = free if workers == AUTO else int(workers)
+        self.folder = tempfile.TemporaryDirectory(prefix="shortstack-packed-")
+        self.matrices: dict[str, Any] = {}
+        self.ring: Any = None
+
+    def __call__(self, path: Path, *, dtype: str, device: Any) -> tuple[Any, dict[str, Any]]:
+        import torch
+
+        from shortstack.runtimes.packed.forms import Place, assigned
+        from shortstack.runtimes.packed.model import fill, skeleton, slots_of
+        from shortstack.runtimes.packed.stream import Ring
+
+        resident = Resident(path)
+        resident.write_files(Path(self.folder.name))
+        kind = getattr(torch, dtype)
+        with torch.inference_mode(False), torch.no_grad():
+            model = skeleton(Path(self.folder.name), kind)
+            slots = slots_of(model, resident)
+            if self._plan is not None:
+                forms = self._plan.forms_for(resident.sha256, slots)
+            else:
+                forms = assigned(slots, resident, self._form, self._head, device)
+            self.ring = Ring(self._workers)
+            place = Place(kind, device, self.ring)
+            self.matrices = fill(model, resident, slots, forms, place)
+        _return_memory()
+        return model, self._facts(model, forms)
+
+    def _facts(self, model: Any, forms: dict[str, str]) -> dict[str, Any]:
+        rest = sum(parameter.nbytes for parameter in model.parameters())
+        held = sum(matrix.n_bytes for matrix in self.matrices.values())
+        table = model.get_input_embeddings()
+        head = model.get_output_embeddings()
+        gathered = getattr(table, "matrix", None) or table.weight
+        used = getattr(head, "matrix", None) or head.weight
+        n_gathered = getattr(gathered, "n_bytes", None) or gathered.nbytes
+        return {
+            "form": "plan" if self._plan is not None else self._form,
+            "head": self._head,
+            "forms": dict(Counter(forms.values())),
+            "workers": self._workers,
+            "buffer_bytes": self.ring.n_bytes,
+            "weight_bytes": rest + held + self.ring.n_bytes,
+            "weight_bytes_per_token": rest + held - (0 if used is gathered else n_gathered),
+        }
+
+    def close(self) -> None:
+        if self.ring is not None:
+            self.ring.close()
+        self.matrices = {}
+        self.folder.cleanup()
+
+
+class PackedSession(PyTorchSession):
+    """A packed file open in PyTorch."""
+
+    RUNTIME = "pytorch-packed"
+
+    def __init__(self, path: Path, *, packed: Packed, **more: Any) -> None:
+        self.packed = packed
+        try:
+            super().__init__(path, loader=packed, **more)
+        except BaseException:
+            packed.close()
+            raise
+        self._tokenizer_file = Path(packed.folder.name) / "tokenizer.json"
+        self._info.pop("quantize")
+
+    def close(self) -> None:
+        super().close()
+        self._model = None
+        self.packed.close()
+
+
+def _return_memory() -> None:
+    """Give back what loading freed: glibc keeps freed memory, which would count as the model's."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        return  # no glibc: nothing to trim
+
+
+def open_session(
+    path: Path,
+    *,
+    threads: int,
+    context_tokens: int,
+    device: str = "cpu",
+    batch: int = 1,
+    dtype: str = "bfloat16",
+    form: str = AUTO,
+    head: str = AUTO,
+    workers: str = AUTO,
+    plan: str = NONE,
+) -> PackedSession:
+    _check_packages()
+    chosen = None if plan == NONE else read_plan(Path(plan))
+    if chosen is not None and (form, head) != (AUTO, AUTO):
+        raise ShortstackError("a plan says the forms: leave out form and head, or the plan.")
+    if device_kind(device)[0] == "cuda" and "stream" in (form, head):
+        raise ShortstackError(
+            "form=stream is decoded on the CPU, into its memory: on a card take direct or int8."
+        )
+    packed = Packed(form=form, head=head, workers=workers, threads=threads, plan=chosen)
+    return PackedSession(
+        path,
+        packed=packed,
+        threads=threads,
+        context_tokens=context_tokens,
+        device=device,
+        batch=batch,
+        dtype=dtype,
+    )
+
+
+def _check_packages() -> None:
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(str(error.name), "prune", "running a packed model") from None
+    require(("zstandard",), "pack", "running a packed model")
