@@ -1,14 +1,13 @@
 """Codes in 4 bits and a remainder, multiplied without being unpacked first. Exact: nibbles.py.
 
 On the CPU the nibbles lie as PyTorch's int4 kernel wants them, wide rows' high nibbles as further
-rows of the same matrix; other codes outside -8 to 7 are a sparse matrix. The kernel's scales are 1
-and shared by all matrices of a shape, so that a weight takes 4 bits and not 4.5.
+rows of the same matrix; other codes outside -8 to 7 are a sparse matrix (rest.py). The kernel's
+scales are 1 and shared by all matrices of a shape, so that a weight takes 4 bits and not 4.5.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
 
 import numpy as np
 import torch
@@ -17,11 +16,12 @@ from torch import Tensor
 from shortstack.row_codes import RowCodes
 from shortstack.runtimes.packed.int8 import own
 from shortstack.runtimes.packed.matrix import CodedMatrix
-from shortstack.runtimes.packed.nibbles import Split, split
+from shortstack.runtimes.packed.nibbles import split
+from shortstack.runtimes.packed.rest import Scratch, rest_of
 
-WIDEST_SHARE = 0.06
+WIDEST_SHARE = {"direct": 0.06, "lean": 0.2}
 """Of a narrow row's codes outside -8 to 7. A wide row takes 4 bits a code more; an entry of the
-sparse matrix takes 64."""
+sparse matrix takes 64, of the lean one 16."""
 TILE = 64
 """Rows that the kernel's layout takes together, on AVX-512; half of it on others."""
 GROUPS = (256, 128, 64, 32)
@@ -33,25 +33,24 @@ def fits(columns: int) -> bool:
 
 
 class CpuDirectMatrix(CodedMatrix):
-    """The form `direct` on the CPU."""
+    """The forms `direct` and `lean` on the CPU. `scratch`: where a lean one's sparse matrix is
+    written out for each product; None for direct."""
 
-    form = "direct"
-
-    def __init__(self, made: RowCodes, dtype: torch.dtype) -> None:
+    def __init__(self, made: RowCodes, dtype: torch.dtype, scratch: Scratch | None = None) -> None:
+        self.form = "direct" if scratch is None else "lean"
         self.rows, self.columns = made.codes.shape
         self.dtype, self.device = dtype, torch.device("cpu")
         self.steps = own(made.steps.astype(np.float32), self.device)
-        parts = split(made.codes, WIDEST_SHARE)
+        parts = split(made.codes, WIDEST_SHARE[self.form])
         self._wide = torch.from_numpy(parts.wide)
         self._place = torch.full((self.rows,), -1, dtype=torch.int32)
         self._place[self._wide] = torch.arange(len(parts.wide), dtype=torch.int32)
         self._packed, self._tall = pack(np.concatenate([parts.low, parts.high]))
-        self._rest = _sparse(parts)
+        self._rest = rest_of(parts, scratch)
+        self.buffered = scratch is not None
         held = [self.steps, self._wide, self._place, self._packed]
-        if self._rest is not None:
-            rest = self._rest
-            held += [rest.crow_indices(), rest.col_indices(), rest.values()]
         self.n_bytes = sum(tensor.nbytes for tensor in held)
+        self.n_bytes += 0 if self._rest is None else self._rest.n_bytes
 
     def few(self, x: Tensor) -> Tensor:
         whole = int4_on_cpu(x, self._packed, self._tall)
@@ -60,8 +59,8 @@ class CpuDirectMatrix(CodedMatrix):
             high = whole[:, self.rows : self.rows + len(self._wide)]
             made.index_add_(1, self._wide, high, alpha=16)
         if self._rest is not None:
-            made.add_((self._rest @ x.float().T).T)
-        return made
+            made.add_(self._rest.multiply(x.float()), alpha=16)
+        return made.mul_(self.steps)
 
     def many(self, x: Tensor) -> Tensor:
         return self.few(x)
@@ -75,17 +74,9 @@ class CpuDirectMatrix(CodedMatrix):
         wide = (places >= 0).nonzero()[:, 0]
         made[wide] += 16 * self._nibble_rows(self.rows + places[wide].long())
         if self._rest is not None:
-            self._add_rest(made, ids)
+            row, column, h = self._rest.entries_of(ids)
+            made.index_put_((row, column), 16 * h, accumulate=True)
         return made.to(torch.int8)
-
-    def _add_rest(self, made: Tensor, ids: Tensor) -> None:
-        assert self._rest is not None
-        starts, columns = self._rest.crow_indices().long(), self._rest.col_indices().long()
-        counts = starts[ids + 1] - starts[ids]
-        row = torch.repeat_interleave(torch.arange(len(ids)), counts)
-        first = torch.cumsum(counts, 0) - counts
-        at = torch.arange(len(row)) - first[row] + starts[ids][row]
-        made[row, columns[at]] += self._rest.values()[at].to(torch.int16)
 
     def _nibble_rows(self, ids: Tensor) -> Tensor:
         """int8, shape (n, columns), -8 to 7, out of the kernel's layout."""
@@ -139,20 +130,3 @@ def _layout(columns: int) -> Tensor:
     places = torch.empty(n, dtype=torch.int32)
     places[found] = torch.arange(n, dtype=torch.int32)
     return places.view(TILE, columns)
-
-
-def _sparse(parts: Split) -> Tensor | None:
-    """16 h where low and high do not make the code, as rows of a sparse matrix; None if nowhere."""
-    if not len(parts.h):
-        return None
-    rows, columns = parts.low.shape
-    starts = np.concatenate([[0], np.cumsum(np.bincount(parts.row, minlength=rows))])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
-        return torch.sparse_csr_tensor(
-            torch.from_numpy(starts.astype(np.int32)),
-            torch.from_numpy(parts.column.astype(np.int32)),
-            torch.from_numpy(16 * parts.h.astype(np.float32)),
-            (rows, columns),
-            check_invariants=True,
-        )

@@ -10,14 +10,16 @@ import torch
 from shortstack.errors import ShortstackError
 from shortstack.packed.resident import Resident
 from shortstack.runtimes.packed.matrix import Matrix
+from shortstack.runtimes.packed.rest import Scratch
 from shortstack.runtimes.packed.stream import Ring
 
 AUTO = "auto"
 PLAIN = "plain"
-FORMS = ("direct", "int8", "stream", PLAIN)
+FORMS = ("direct", "lean", "int8", "stream", PLAIN)
 """`plain`: numbers in the session's type, as any model. Matrices without row codes are `plain` or
 `stream`."""
 OF_FLOATS = ("stream", PLAIN)
+OF_CODES = ("direct", "lean", "int8")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Place:
     dtype: torch.dtype
     device: torch.device
     ring: Ring
+    scratch: Scratch
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def assigned(
         wanted = head if slot.head and head != AUTO else form
         coded = name in resident.coded
         made[name] = _form(wanted, slot, coded, resident.tensors[name].columns, on)
-    if form in ("direct", "int8") and not resident.coded:
+    if form in OF_CODES and not resident.coded:
         raise ShortstackError(
             f"{resident.path} has no row codes, form={form} needs them. Take form=stream, or "
             "quantize before packing: shortstack quantize MODEL -o OUT"
@@ -63,7 +66,10 @@ def _form(wanted: str, slot: Slot, coded: bool, columns: int, on: torch.device) 
     if not coded:
         return wanted if wanted in OF_FLOATS else PLAIN
     chosen = "direct" if wanted == AUTO else wanted
-    if chosen == "direct" and on.type == "cpu" and not fits(columns):
+    able = fits(columns) if on.type == "cpu" else columns % 2 == 0
+    if chosen == "lean" and on.type == "cuda":
+        chosen = "direct"  # is as small there
+    if chosen in ("direct", "lean") and not able:
         return "int8"
     return chosen
 
@@ -81,9 +87,18 @@ def _int8(resident: Resident, slot: Slot, place: Place) -> Matrix:
 
 
 def _direct(resident: Resident, slot: Slot, place: Place) -> Matrix:
+    from shortstack.runtimes.packed.card import CardDirectMatrix
     from shortstack.runtimes.packed.direct import CpuDirectMatrix
 
+    if place.device.type == "cuda":
+        return CardDirectMatrix(resident.codes(slot.tensor), place.dtype, place.device)
     return CpuDirectMatrix(resident.codes(slot.tensor), place.dtype)
+
+
+def _lean(resident: Resident, slot: Slot, place: Place) -> Matrix:
+    from shortstack.runtimes.packed.direct import CpuDirectMatrix
+
+    return CpuDirectMatrix(resident.codes(slot.tensor), place.dtype, place.scratch)
 
 
 def _stream(resident: Resident, slot: Slot, place: Place) -> Matrix:
@@ -100,6 +115,7 @@ def _stream(resident: Resident, slot: Slot, place: Place) -> Matrix:
 MAKERS: Mapping[str, Callable[[Resident, Slot, Place], Matrix]] = {
     "int8": _int8,
     "direct": _direct,
+    "lean": _lean,
     "stream": _stream,
 }
 """Form -> what reads a matrix into it; `plain` ones stay the model's own (model.py)."""

@@ -29,8 +29,8 @@ class Int8Matrix(CodedMatrix):
         if self.device.type == "cuda":
             from shortstack.runtimes.packed.card import int8_product
 
-            return int8_product(x, self._codes)
-        return int8_on_cpu(x, self._codes)
+            return int8_product(x, self._codes, self.steps)
+        return int8_on_cpu(x, self._codes).mul_(self.steps)
 
     def codes(self, start: int, stop: int) -> Tensor:
         return self._codes[start:stop]

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-FEW = 16
+FEW = {"cpu": 16, "cuda": 8}
 """Inputs that the kernels of decoding take; more are a prompt, for which codes are turned into
 numbers first: a product of matrices then costs less than a kernel that unpacks for each row."""
 
-BLOCK_WEIGHTS = 2**22
-"""Weights that are numbers at once: 8 MB in bfloat16."""
+BLOCK_WEIGHTS = {"cpu": 2**22, "cuda": 2**26}
+"""Weights of a prompt's product that are numbers at once: 8 MB in bfloat16, on a card 128."""
 
 
 class Matrix(ABC):
@@ -21,6 +21,9 @@ class Matrix(ABC):
 
     `n_bytes`: what it takes while the model runs, without buffers that matrices share.
     """
+
+    buffered = False
+    """Whether it is decoded into such buffers."""
 
     form: str
     rows: int
@@ -54,14 +57,14 @@ class CodedMatrix(Matrix):
 
     @abstractmethod
     def few(self, x: Tensor) -> Tensor:
-        """x, shape (m, columns) with m at most FEW, times the codes: (m, rows), a new tensor."""
+        """x, shape (m, columns), m at most FEW, times codes x steps: (m, rows), a new tensor."""
 
     def multiply(self, x: Tensor) -> Tensor:
         if self.dtype == torch.float32:
             return linear(x, self.weights())
         rows = x.reshape(-1, self.columns)
-        made = self.few(rows) if len(rows) <= FEW else self.many(rows)
-        return made.mul_(self.steps).view(*x.shape[:-1], self.rows)
+        made = self.few(rows) if len(rows) <= FEW[self.device.type] else self.many(rows)
+        return made.view(*x.shape[:-1], self.rows)
 
     def weights(self) -> Tensor:
         """The matrix, float32."""
@@ -70,11 +73,11 @@ class CodedMatrix(Matrix):
     def many(self, x: Tensor) -> Tensor:
         """As `few`, for any m, by blocks of rows."""
         made = x.new_empty(len(x), self.rows)
-        step = max(1, BLOCK_WEIGHTS // self.columns)
+        step = max(1, BLOCK_WEIGHTS[self.device.type] // self.columns)
         for start in range(0, self.rows, step):
             stop = min(self.rows, start + step)
             made[:, start:stop] = x @ self.codes(start, stop).to(self.dtype).T
-        return made
+        return made.mul_(self.steps)
 
     def gather(self, ids: Tensor) -> Tensor:
         return (self.code_rows(ids).float() * self.steps[ids][:, None]).to(self.dtype)

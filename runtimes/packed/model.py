@@ -42,10 +42,10 @@ def _without_weights() -> Iterator[None]:
     when a model is made, and no file holds them."""
     real = nn.Module.register_parameter
 
-    def register(module: nn.Module, name: str, value: nn.Parameter | None) -> None:
-        if value is not None and value.device.type != "meta":
-            value = nn.Parameter(value.to("meta"), requires_grad=value.requires_grad)
-        real(module, name, value)
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        real(self, name, param)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]  # put back below
     try:

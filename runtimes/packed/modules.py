@@ -27,6 +27,8 @@ class PackedLinear(nn.Module):
 class PackedEmbedding(nn.Module):
     """Rows of a matrix in some form. `scale`: what Gemma's embedding multiplies by."""
 
+    scale: Tensor | None
+
     def __init__(self, matrix: Matrix, scale: Tensor | None) -> None:
         super().__init__()
         self.matrix = matrix

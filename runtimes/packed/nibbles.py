@@ -12,9 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-ENTRY_COLUMNS = 4096
-"""A column takes 12 of an entry's 16 bits; wider rows are cut into blocks of so many columns."""
-
 
 @dataclass(frozen=True)
 class Split:
@@ -49,23 +46,3 @@ def split(codes: NDArray[np.int8], widest_share: float) -> Split:
     rest[wide] -= second
     row, column = np.nonzero(rest)
     return Split(low, wide, second, row, column, rest[row, column])
-
-
-def entries(parts: Split) -> tuple[NDArray[np.uint16], NDArray[np.int32]]:
-    """The remainder of the narrow rows in 16 bits each, for a card: (entries, starts).
-
-    An entry is a column in its block (12 bits, low) and h, -8 to 7 (4 bits); h = 8 (codes of 120
-    and more) is two entries of one column, which add. `starts`, int32, shape (rows * blocks + 1,):
-    where the entries of block b of row r begin, at r * blocks + b.
-    """
-    rows, columns = parts.low.shape
-    blocks = -(-columns // ENTRY_COLUMNS)
-    twice = np.where(parts.h > 7, 2, 1)
-    row, column = np.repeat(parts.row, twice), np.repeat(parts.column, twice)
-    h = np.repeat(np.minimum(parts.h, 7).astype(np.int16), twice)
-    second = np.flatnonzero(np.repeat(parts.h > 7, twice))[1::2]
-    h[second] = 1
-    made = (column % ENTRY_COLUMNS).astype(np.uint16) | ((h & 15).astype(np.uint16) << 12)
-    counts = np.bincount(row * blocks + column // ENTRY_COLUMNS, minlength=rows * blocks)
-    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    return made, starts

@@ -139,6 +139,7 @@ class StreamMatrix(CodedMatrix):
         self._pieces = cut(np.ascontiguousarray(made.codes).view(np.uint8), size)
         self._ring = ring
         self._first = 0 if ring is None else ring.add(self._pieces)
+        self.buffered = ring is not None
         self.n_bytes = self._pieces.n_bytes + self.steps.nbytes
 
     def _walk(self) -> Iterator[tuple[int, int, Tensor]]:
@@ -150,13 +151,13 @@ class StreamMatrix(CodedMatrix):
         made = x.new_empty(len(x), self.rows)
         for start, stop, codes in self._walk():
             made[:, start:stop] = int8_on_cpu(x, codes)
-        return made
+        return made.mul_(self.steps)
 
     def many(self, x: Tensor) -> Tensor:
         made = x.new_empty(len(x), self.rows)
         for start, stop, codes in self._walk():
             made[:, start:stop] = x @ codes.to(self.dtype).T
-        return made
+        return made.mul_(self.steps)
 
     def weights(self) -> Tensor:
         made = torch.empty(self.rows, self.columns)
@@ -190,6 +191,7 @@ class FloatStreamMatrix(Matrix):
         self._others = [stream.reshape(self.rows, self.columns) for stream in streams[1:]]
         self._ring = ring
         self._first = 0 if ring is None else ring.add(self._pieces)
+        self.buffered = ring is not None
         self.n_bytes = self._pieces.n_bytes + sum(one.nbytes for one in self._others)
 
     def _joined(self, top: NDArray[np.uint8], start: int, stop: int) -> Tensor:

@@ -11,6 +11,7 @@ from tests.packed_models import pack, write_coded
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
+from shortstack.packed.file import PackedFile
 from shortstack.runtimes import open_session
 from shortstack.runtimes.pytorch_packed import PackedSession
 from shortstack.session import Session
@@ -19,7 +20,7 @@ PROMPT = [1, 50, 60, 70, 300, 20, 19]
 N = 24
 LONG = [(7 * i + 3) % 500 for i in range(40)]
 """Beyond what the kernels of decoding take at once."""
-FORMS = ("auto", "direct", "int8", "stream", "plain")
+FORMS = ("auto", "direct", "lean", "int8", "stream", "plain")
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,13 @@ def test_an_unknown_form_is_refused(packed: Path) -> None:
 
 def test_a_damaged_file_is_refused(packed: Path, tmp_path: Path) -> None:
     data = bytearray(packed.read_bytes())
-    data[-20] ^= 1
+    entries = PackedFile(packed).contents.entries
+    begin = len(data) - sum(entry.coded_bytes for entry in entries)
+    for entry in entries:
+        if entry.is_tensor:
+            data[begin] ^= 1
+            break
+        begin += entry.coded_bytes
     broken = tmp_path / "broken.packed.safetensors"
     broken.write_bytes(data)
     with pytest.raises(ShortstackError, match="have changed"):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shortstack.errors import ShortstackError, one_line
 
-Form = Literal["direct", "int8", "stream", "plain"]
+Form = Literal["direct", "lean", "int8", "stream", "plain"]
 Seconds = Annotated[float, Field(ge=0)]
 Size = Annotated[int, Field(ge=0)]
 
