@@ -19,10 +19,19 @@ class Int8Matrix(CodedMatrix):
     form = "int8"
 
     def __init__(self, made: RowCodes, dtype: torch.dtype, device: torch.device) -> None:
-        self.rows, self.columns = made.codes.shape
-        self.dtype, self.device = dtype, device
-        self._codes = own(made.codes, device)
-        self.steps = own(made.steps.astype(np.float32), device)
+        self._take(own(made.codes, device), own(made.steps.astype(np.float32), device), dtype)
+
+    @classmethod
+    def of(cls, codes: Tensor, steps: Tensor, dtype: torch.dtype) -> Int8Matrix:
+        """Of codes that are on the device already, int8, and steps, float32."""
+        made = cls.__new__(cls)
+        made._take(codes, steps, dtype)
+        return made
+
+    def _take(self, codes: Tensor, steps: Tensor, dtype: torch.dtype) -> None:
+        self.rows, self.columns = codes.shape
+        self.dtype, self.device = dtype, codes.device
+        self._codes, self.steps = codes, steps
         self.n_bytes = self._codes.nbytes + self.steps.nbytes
 
     def few(self, x: Tensor) -> Tensor:
