@@ -13,6 +13,8 @@ from shortstack.devices.workload import Workload
 from shortstack.errors import ShortstackError
 from shortstack.families import decoder_config, dims, family_of, layer_windows
 from shortstack.gguf_header import read_header
+from shortstack.intake.packed_file import read_config
+from shortstack.packed.read import open_packed
 
 KV_TYPE_BYTES: Mapping[str, float] = {
     **{"float32": 4, "float16": 2, "bfloat16": 2, "F32": 4, "F16": 2, "BF16": 2},
@@ -43,6 +45,8 @@ def kv_values_per_token(path: Path, fmt: str) -> int | None:
             return _of_gguf(path)
         if fmt == "checkpoint":
             return _of_checkpoint(path)
+        if fmt == "packed":
+            return _of_config(read_config(open_packed(path)))
         return _of_genai(path)
     except (ShortstackError, OSError, ValueError, KeyError, TypeError):
         return None
@@ -105,8 +109,12 @@ def _has_windows(path: Path, fmt: str) -> bool:
             header = read_header(path)
             arch = header.text("general.architecture")
             return bool(header.integer(f"{arch}.attention.sliding_window"))
-        if fmt == "checkpoint":
-            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if fmt in ("checkpoint", "packed"):
+            config = (
+                read_config(open_packed(path))
+                if fmt == "packed"
+                else json.loads((path / "config.json").read_text(encoding="utf-8"))
+            )
             return any(layer_windows(family_of(config), decoder_config(config)))
         config = json.loads((path / "genai_config.json").read_text(encoding="utf-8"))
         return bool(config["model"]["decoder"].get("sliding_window"))
@@ -142,7 +150,10 @@ def _row(value: Any, layers: int) -> list[int]:
 
 
 def _of_checkpoint(path: Path) -> int:
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return _of_config(json.loads((path / "config.json").read_text(encoding="utf-8")))
+
+
+def _of_config(config: dict[str, Any]) -> int:
     sizes = dims(decoder_config(config))
     return 2 * sizes["layers"] * sizes["kv"]
 

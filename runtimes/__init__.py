@@ -15,6 +15,7 @@ RUNTIMES: dict[str, tuple[str, str]] = {
     "onnxruntime": ("onnx", "shortstack.runtimes.ort"),
     "onnxruntime-genai": ("onnx", "shortstack.runtimes.ort_genai"),
     "pytorch": ("checkpoint", "shortstack.runtimes.pytorch"),
+    "pytorch-packed": ("packed", "shortstack.runtimes.pytorch_packed"),
 }
 """Name -> (format it opens, module with `open_session`). The first of a format is its default."""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from shortstack.errors import ShortstackError, unknown
 
 DEVICE = re.compile(r"(cpu)|(cuda|metal|vulkan|rocm):(\d+)")
+NUMBER = re.compile(r"\d+(\.\d+)?")
 SWITCH = ("auto", "on", "off")
 
 
@@ -23,8 +24,16 @@ class Capability:
     batch_at_depth: bool = True
     """Whether a batch takes prompts behind a cache that holds something."""
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Name of an option -> the words it takes; `N` stands for a whole number."""
+    """Name of an option -> the words it takes; `N` stands for a whole number, `X` for a
+    number of at least 1, `FILE` for a path."""
 
+
+FREE: Mapping[str, Callable[[str], bool]] = {
+    "N": str.isdigit,
+    "X": lambda value: bool(NUMBER.fullmatch(value)) and float(value) >= 1,
+    "FILE": bool,
+}
+"""Words that stand for others -> whether a value is one of these."""
 
 CAPABILITIES: Mapping[str, Capability] = {
     "llama.cpp": Capability(
@@ -45,6 +54,20 @@ CAPABILITIES: Mapping[str, Capability] = {
             "dtype": ("float32", "bfloat16", "float16"),
             "cuda_graph": ("off", "on"),
             "quantize": ("none", "bnb-int8", "bnb-nf4", "torchao-int4", "awq-int4"),
+        },
+    ),
+    "pytorch-packed": Capability(
+        devices=("cpu", "cuda"),
+        batch=True,
+        options={
+            "dtype": ("bfloat16", "float32"),
+            "form": ("auto", "direct", "lean", "int8", "stream", "plain"),
+            "head": ("auto", "direct", "lean", "int8", "stream", "plain"),
+            "workers": ("auto", "N"),
+            "plan": ("none", "FILE"),
+            "memory_budget_mb": ("none", "N"),
+            "max_slowdown": ("none", "X"),
+            "cuda_graph": ("off", "on"),
         },
     ),
 }
@@ -92,9 +115,11 @@ def check(runtime: str, device: str, batch: int, options: Mapping[str, str]) -> 
 
 def check_together(runtime: str, device: str, options: Mapping[str, str]) -> None:
     """Raise ShortstackError for options that are fine one by one, but not here or not together."""
+    kind, _ = device_kind(device)
+    if runtime == "pytorch-packed":
+        _check_packed(kind, device, options)
     if runtime != "pytorch":
         return
-    kind, _ = device_kind(device)
     dtype, word = options.get("dtype", "float32"), options.get("quantize", "none")
     graph = options.get("cuda_graph", "off") == "on"
     if graph and kind != "cuda":
@@ -118,13 +143,24 @@ def check_together(runtime: str, device: str, options: Mapping[str, str]) -> Non
         )
 
 
+def _check_packed(kind: str, device: str, options: Mapping[str, str]) -> None:
+    if kind != "cuda" and options.get("cuda_graph", "off") == "on":
+        raise ShortstackError(
+            f"cuda_graph=on is for CUDA cards, {device} is asked for. Leave it out, or name cuda:0."
+        )
+    if kind == "cuda" and "stream" in (options.get("form"), options.get("head")):
+        raise ShortstackError(
+            "form=stream is decoded on the CPU and into its memory: on a card take direct or int8."
+        )
+
+
 def _check_option(runtime: str, offered: Capability, name: str, value: str) -> None:
     if name not in offered.options:
         if not offered.options:
             raise ShortstackError(f"{runtime} has no options, {name!r} is given. Leave it out.")
         raise unknown(f"option of {runtime}", name, offered.options)
     words = offered.options[name]
-    if value not in words and not ("N" in words and value.isdigit()):
+    if value not in words and not any(word in FREE and FREE[word](value) for word in words):
         raise ShortstackError(
             f"{runtime}: {name} is {value!r}, it must be one of: {', '.join(words)}."
         )

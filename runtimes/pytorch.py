@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +17,20 @@ from shortstack.runtimes.capabilities import device_kind
 from shortstack.runtimes.pytorch_quantize import PLAIN, load_quantized
 
 
+class Loader(Protocol):
+    """Opens a model: returns it, on the torch device, and facts for a session's info."""
+
+    def __call__(self, path: Path, *, dtype: str, device: Any) -> tuple[Any, dict[str, Any]]: ...
+
+
 class PyTorchSession:
     """A Hugging Face folder open in transformers, on the CPU or on CUDA.
 
     `quantize`: what the weights of its linear layers are turned into while they load, a word of
-    `capabilities`.
+    `capabilities`. `loader`: what opens the path instead, for files that are no such folder.
     """
+
+    RUNTIME = "pytorch"
 
     def __init__(
         self,
@@ -33,23 +42,21 @@ class PyTorchSession:
         batch: int = 1,
         dtype: str = "float32",
         quantize: str = PLAIN,
+        loader: Loader | None = None,
     ) -> None:
         torch, transformers = _packages()
         torch.set_num_threads(threads)
         self._torch = torch
         self._device = _device(torch, device)
-        weights: dict[str, Any] = {}
-        if quantize == PLAIN:
-            straight = None if self._device.type == "cpu" or not _has_accelerate() else self._device
-            self._model = load(path, getattr(torch, dtype), device=straight).to(self._device)
-        else:
-            self._model, weights = load_quantized(path, quantize, dtype, self._device)
+        if loader is None:
+            loader = _load_plain if quantize == PLAIN else partial(load_quantized, word=quantize)
+        self._model, weights = loader(path, dtype=dtype, device=self._device)
         self._synchronize()  # the copy to the device belongs to the load
         self._cache: Any = None
         self._context_tokens = context_tokens
         self._tokenizer_file = path / "tokenizer.json"
         self._info = {
-            "runtime": "pytorch",
+            "runtime": self.RUNTIME,
             "version": torch.__version__,
             "transformers": transformers.__version__,
             "threads": threads,
@@ -165,6 +172,13 @@ def _packages() -> tuple[Any, Any]:
     except ImportError as error:
         raise MissingExtraError(str(error.name), "prune", "running a checkpoint") from None
     return torch, transformers
+
+
+def _load_plain(path: Path, dtype: str, device: Any) -> tuple[Any, dict[str, Any]]:
+    import torch
+
+    straight = None if device.type == "cpu" or not _has_accelerate() else device
+    return load(path, getattr(torch, dtype), device=straight).to(device), {}
 
 
 def _has_accelerate() -> bool:

@@ -121,12 +121,7 @@ def failures(data: ReportData) -> Facts:
 
 def warnings(data: ReportData) -> Facts:
     """What makes a figure less trustworthy."""
-    untimed = [
-        (f"{spec_name(e)}, {e.label}", "proven, not timed: no runtime computes with a packed file")
-        for e in data.entries
-        if e.artifact and e.artifact["spec"]["format"] == "packed" and e.measurement is None
-    ]
-    return untimed + [
+    return [
         (f"{spec_name(e)}, {e.runtime}, {e.label}", flag)
         for e in data.entries
         if e.measurement

@@ -124,7 +124,7 @@ def _entry(exported: Exported, measured: Measurement | None) -> Entry:
     return Entry(
         label=exported.label,
         spec=exported.spec,
-        runtime=proof["runtime"] if proof else (*runtimes_for(fmt), "pytorch")[0],
+        runtime=measured.runtime if measured else _proof_runtime(fmt, proof),
         artifact=exported.artifact.to_dict() if exported.artifact else None,
         verification=None if proof is None else _verification(Verification.from_dict(dict(proof))),
         bounds={
@@ -136,6 +136,10 @@ def _entry(exported: Exported, measured: Measurement | None) -> Entry:
         measurement=measured,
         failure=exported.failure,
     )
+
+
+def _proof_runtime(fmt: str, proof: Mapping[str, Any] | None) -> str:
+    return str(proof["runtime"]) if proof else (*runtimes_for(fmt), "pytorch")[0]
 
 
 def _verification(found: Verification) -> dict[str, Any]:

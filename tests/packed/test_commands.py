@@ -138,7 +138,7 @@ def test_what_cannot_be_unpacked_is_refused_in_one_line(
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_packed_file_is_a_model_to_export_and_no_model_to_run(
+def test_a_packed_file_is_a_model_to_export_to_measure_and_to_evaluate(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(capsys, "export", str(tiny), "--to", "packed", "-o", str(tmp_path / "packed"))
@@ -148,7 +148,13 @@ def test_a_packed_file_is_a_model_to_export_and_no_model_to_run(
     Path(text).write_text("Permission is hereby granted, free of charge, to any person. " * 50)
     expected = run(capsys, "export", file, "--to", "packed", "--dry-run", *out)
     assert Path(file).stat().st_size < int(str(expected["size_bytes"]))
-    for place in (file, str(tmp_path / "packed")):
-        assert "is packed: no runtime" in fails(["bench", place, *out], capsys)
-        assert "is packed: no runtime" in fails(["eval", place, "--text", text, *out], capsys)
     assert not (tmp_path / "out").exists()
+    few = ["--prompt-tokens", "8", "--decode-tokens", "4", "--repeats", "1", "--no-ceilings"]
+    run(capsys, "bench", file, *few, *out, "--dry-run")
+    place = str(tmp_path / "packed")
+    (measured,) = run(capsys, "bench", place, *few, *out, "--memory-repeats", "0")["measurements"]
+    assert (measured["runtime"], measured["failed"]) == ("pytorch-packed", False)
+    assert measured["kv_bytes_per_token"]
+    given = ["--text", text, "--window-tokens", "32", "--limit", "2"]
+    made = run(capsys, "eval", file, *given, "-o", str(tmp_path / "eval"))
+    assert made["models"][0]["runtime"] == "pytorch-packed"

@@ -16,12 +16,14 @@ from shortstack.devices.fit import DTYPE_BYTES, QUANTIZED_BYTES
 from shortstack.errors import ShortstackError, require
 from shortstack.families import context_tokens
 from shortstack.gguf_header import GGML_TYPES, GgufHeader, read_header
-from shortstack.intake import resolve
+from shortstack.intake import is_packed, resolve
 from shortstack.manifest import read_manifest
 from shortstack.multiplied import EMBEDDING, experts_in_use, of_checkpoint, of_gguf
-from shortstack.packed.runnable import refuse_packed
+from shortstack.packed.read import open_packed
+from shortstack.packed.runnable import check_runnable, preview_of
 
 CHECKPOINT = "checkpoint"
+PACKED = "packed"
 FOREIGN = "not made by shortstack: its checkpoint is not known"
 
 
@@ -39,7 +41,8 @@ def benchable(reference: str, dtype: str = "float32", quantize: str = "none") ->
             "name its folder."
         )
     found = _found(Path(target), reference, dtype, quantize)
-    refuse_packed(found.path)
+    if found.format == PACKED:
+        check_runnable()
     return _multiplied(found)
 
 
@@ -49,6 +52,8 @@ def _multiplied(artifact: Artifact) -> Artifact:
         return artifact
     if artifact.format == "gguf":
         found = of_gguf(read_header(artifact.path))
+    elif artifact.format == PACKED:
+        found = of_checkpoint(preview_of(artifact.path))
     else:
         require(("onnx_ir",), "onnx", "reading an ONNX graph")
         from shortstack.export.onnx_graph import multiplied_params
@@ -61,10 +66,10 @@ def _multiplied(artifact: Artifact) -> Artifact:
 
 def _found(place: Path, reference: str, dtype: str, quantize: str) -> Artifact:
     if place.is_file():
-        refuse_packed(place)
         beside = (read_manifest(place.parent) or {}).get("artifact")
-        ours = isinstance(beside, dict) and beside.get("path") == place.name
-        return open_artifact(place.parent) if ours else _gguf(place)
+        if isinstance(beside, dict) and beside.get("path") == place.name:
+            return open_artifact(place.parent)
+        return _packed(place) if is_packed(place) else _gguf(place)
     if "artifact" in (read_manifest(place) or {}):
         return open_artifact(place)
     if (place / "model.onnx").is_file():
@@ -83,6 +88,8 @@ def _found(place: Path, reference: str, dtype: str, quantize: str) -> Artifact:
 def longest_context(artifact: Artifact) -> int | None:
     """How many tokens the model was made for; None where it does not say."""
     path = artifact.path
+    if artifact.format == PACKED:
+        return context_tokens(preview_of(path).config, windowed=True)
     if artifact.format == "gguf":
         header = read_header(path)
         return header.integer(f"{header.text('general.architecture')}.context_length") or None
@@ -136,6 +143,24 @@ def _decoder_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Tensors that a token of text may read: not those of a vision tower."""
     tensors, towers = checkpoint.tensors.items(), checkpoint.family.others
     return {name: t.shape for name, t in tensors if not name.startswith(towers)}
+
+
+def _packed(file: Path) -> Artifact:
+    """Bytes a token are those of the file, until a session says what its forms read."""
+    checkpoint = preview_of(file)
+    size = sum(entry.coded_bytes for entry in open_packed(file).contents.entries)
+    sha256 = hash_digests([(file.name, hash_file(file))])
+    return Artifact(
+        path=file,
+        spec=ExportSpec(PACKED, "lossless"),
+        n_layers=checkpoint.n_layers,
+        n_params=checkpoint.n_params,
+        size_bytes=size,
+        weight_bytes_per_token=size,
+        sha256=sha256,
+        source_sha256=sha256,
+        notes=(FOREIGN,),
+    )
 
 
 def _gguf(file: Path) -> Artifact:

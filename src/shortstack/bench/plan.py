@@ -15,7 +15,7 @@ from shortstack.devices.host import check_threads, cpu_model, libraries, machine
 from shortstack.devices.schedule import Case
 from shortstack.devices.workload import Prompt, Workload, warmup_tokens
 from shortstack.errors import ShortstackError, unknown
-from shortstack.evaluate.codec import Codec, FolderCodec
+from shortstack.evaluate.codec import Codec, FolderCodec, packed_codec
 from shortstack.runtimes import RUNTIMES, capabilities, runtimes_for
 from shortstack.text import Corpus, open_corpus, token_windows
 
@@ -24,6 +24,7 @@ PACKAGES = {
     "onnxruntime": "onnxruntime",
     "onnxruntime-genai": "onnxruntime_genai",
     "pytorch": "transformers",
+    "pytorch-packed": "transformers",
 }
 
 
@@ -260,6 +261,8 @@ def _codec(artifact: Artifact) -> Codec:
         from shortstack.evaluate.gguf_codec import GgufCodec
 
         return GgufCodec(artifact.path)
+    if artifact.format == "packed":
+        return packed_codec(artifact.path)
     return FolderCodec(artifact.path)
 
 

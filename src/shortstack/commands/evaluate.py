@@ -19,6 +19,7 @@ from shortstack.evaluate.sets import SetSpec, distinct
 from shortstack.evaluate.targets import PYTORCH, Loading, Target, target_of
 from shortstack.evaluate.torch_scorer import check_loading
 from shortstack.manifest import check_apart, read_manifest, write_text
+from shortstack.packed.runnable import PACKED
 from shortstack.progress import Display, OnProgress
 from shortstack.run_folder import RunFolder
 
@@ -55,7 +56,7 @@ def evaluate(
         first = None if against is None else _Wanted(against, "", tokenizer)
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         targets = _targets(stack, found, first, out, display)
-        if any(target.runtime == PYTORCH for target in targets):
+        if any(target.runtime in (PYTORCH, PACKED) for target in targets):
             check_loading(loading.device, loading.dtype)
         folder = stack.enter_context(RunFolder.claim(out, facts, display))
         data = _evaluated(folder, targets, against is not None, sets, loading, seed)
@@ -168,7 +169,7 @@ def _score_all(
 def _inputs(target: Target, spec: SetSpec, loading: Loading, seed: int) -> dict[str, Any]:
     """What a result depends on; how many threads or rows at once does not change it."""
     own: dict[str, Any] = {"context_tokens": loading.context_tokens}
-    if target.runtime == PYTORCH:
+    if target.runtime in (PYTORCH, PACKED):
         own |= {"dtype": loading.dtype, "device": loading.device}
     return {
         "model": target.sha256,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,6 +78,20 @@ class FolderCodec:
     def decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
+
+
+def packed_codec(file: Path) -> FolderCodec:
+    """The tokenizer that a packed file holds."""
+    from shortstack.packed.resident import Resident
+
+    resident = Resident(file)
+    with tempfile.TemporaryDirectory() as folder:
+        resident.write_files(Path(folder))
+        if not (Path(folder) / "tokenizer.json").is_file():
+            raise ShortstackError(
+                f"{file} holds no tokenizer.json. Name a folder that has one: --tokenizer FOLDER"
+            )
+        return FolderCodec(Path(folder))
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:

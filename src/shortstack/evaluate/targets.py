@@ -12,12 +12,13 @@ from typing import Any
 from shortstack.artifact import Artifact
 from shortstack.checkpoint import SIDECAR, Checkpoint
 from shortstack.errors import ShortstackError
-from shortstack.evaluate.codec import Codec, FolderCodec
+from shortstack.evaluate.codec import Codec, FolderCodec, packed_codec
 from shortstack.evaluate.scorer import Scorer
 from shortstack.families import context_tokens
 from shortstack.gguf_header import read_header
+from shortstack.intake import is_packed
 from shortstack.manifest import read_manifest
-from shortstack.packed.runnable import refuse_packed
+from shortstack.packed.runnable import PACKED, check_runnable, preview_of
 from shortstack.runtimes import RUNTIMES, open_session, runtimes_for
 
 PYTORCH = "pytorch"
@@ -25,7 +26,8 @@ PYTORCH = "pytorch"
 
 @dataclass(frozen=True)
 class Loading:
-    """How models are opened. `device`, `dtype` and `batch_tokens` are PyTorch's alone."""
+    """How models are opened. `device` and `dtype` are PyTorch's alone, of folders and of packed
+    files; `batch_tokens` is of folders."""
 
     context_tokens: int = 2048
     threads: int = 1
@@ -84,6 +86,8 @@ class Target:
             from shortstack.evaluate.gguf_codec import GgufCodec
 
             return GgufCodec(self.path)
+        if self.runtime == PACKED:
+            return packed_codec(self.path)
         return FolderCodec(self.path)
 
     def open(self, loading: Loading) -> Scorer:
@@ -104,13 +108,21 @@ class Target:
         from shortstack.evaluate.session_scorer import SessionScorer
 
         length = min(self._longest() or loading.context_tokens, loading.context_tokens)
+        ours = self.runtime == PACKED
         session = open_session(
-            self.path, self.runtime, threads=loading.threads, context_tokens=length
+            self.path,
+            self.runtime,
+            threads=loading.threads,
+            context_tokens=length,
+            device=loading.device if ours else "cpu",
+            options={"dtype": loading.dtype} if ours else {},
         )
         return SessionScorer(session, max_tokens=length)
 
     def _longest(self) -> int | None:
         """How many tokens the file says that it was made for; None where it does not say."""
+        if self.runtime == PACKED:
+            return context_tokens(preview_of(self.path).config, windowed=True)
         if self.path.suffix == ".gguf":
             header = read_header(self.path)
             return header.integer(f"{header.text('general.architecture')}.context_length") or None
@@ -130,9 +142,9 @@ def target_of(
     `runtime`: another than the format's default. Raises ShortstackError where nothing of it lies
     there, and for a runtime that does not open it.
     """
-    refuse_packed(place)
     path, fmt, artifact = _recognised(place)
-    refuse_packed(path)
+    if fmt == "packed":
+        check_runnable()
     fitting = runtimes_for(fmt, [runtime] if runtime else ())
     if not fitting:
         opens = ", ".join(name for name, (opened, _) in RUNTIMES.items() if opened == fmt)
@@ -161,6 +173,8 @@ def _recognised(place: Path) -> tuple[Path, str, Artifact | None]:
         return artifact.path, artifact.format, artifact
     if place.is_file() and place.suffix == ".gguf":
         return place, "gguf", None
+    if place.is_file() and is_packed(place):
+        return place, "packed", None
     if (place / "model.onnx").is_file():
         return place, "onnx", None
     if (place / "config.json").is_file():
@@ -196,6 +210,8 @@ def _sha256(files: list[Path]) -> str:
 def _n_layers(path: Path, fmt: str, place: Path) -> int | None:
     if fmt == "checkpoint":
         return Checkpoint.open(path).n_layers
+    if fmt == "packed":
+        return preview_of(path).n_layers
     artifact = (read_manifest(place) or {}).get("artifact", {}) if place.is_dir() else {}
     if "n_layers" in artifact:
         return int(artifact["n_layers"])

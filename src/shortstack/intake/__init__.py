@@ -85,7 +85,7 @@ def resolve(reference: str) -> tuple[str, str]:
         return "folder", str(path)
     if path.is_file() and path.suffix.lower() == ".gguf":
         return "gguf", str(path)
-    if path.is_file() and _is_packed(path):
+    if path.is_file() and is_packed(path):
         return "packed", str(path)
     if path.is_file():
         raise ShortstackError(
@@ -130,7 +130,7 @@ def package_file(target: str) -> Path:
     raise ShortstackError(f"package {package!r} has no {inside!r}. Check the path after the slash.")
 
 
-def _is_packed(path: Path) -> bool:
+def is_packed(path: Path) -> bool:
     """A packed file, or a variant of a catalogue (packed/catalogue.py)."""
     if path.suffix == ".json":
         return (path.parent / "catalogue.json").is_file() and path.name != "catalogue.json"

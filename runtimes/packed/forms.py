@@ -1,0 +1,128 @@
+"""The forms that a matrix can be held in, and which form each is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from shortstack.errors import ShortstackError
+from shortstack.packed.resident import Resident
+from shortstack.runtimes.packed.matrix import Matrix
+from shortstack.runtimes.packed.rest import Scratch
+from shortstack.runtimes.packed.stream import Ring
+
+AUTO = "auto"
+PLAIN = "plain"
+FORMS = ("direct", "lean", "int8", "stream", PLAIN)
+"""`plain`: numbers in the session's type, as any model. Matrices without row codes are `plain` or
+`stream`."""
+OF_FLOATS = ("stream", PLAIN)
+OF_CODES = ("direct", "lean", "int8")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where matrices go and what they compute in."""
+
+    dtype: torch.dtype
+    device: torch.device
+    ring: Ring
+    scratch: Scratch
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A matrix of the model: its tensor in the file, and what it is for."""
+
+    tensor: str
+    multiplied: bool
+    """A table of embeddings that is not the head, too, is gathered from alone."""
+    head: bool
+
+
+def assigned(
+    slots: Mapping[str, Slot], resident: Resident, form: str, head: str, on: torch.device
+) -> dict[str, str]:
+    """Tensor -> form, where `form` and `head` may be AUTO. Raises ShortstackError for a form that
+    nothing in the file can have."""
+    made = {}
+    for name, slot in slots.items():
+        wanted = head if slot.head and head != AUTO else form
+        coded = name in resident.coded
+        made[name] = _form(wanted, slot, coded, resident.tensors[name].columns, on)
+    if form in OF_CODES and not resident.coded:
+        raise ShortstackError(
+            f"{resident.path} has no row codes, form={form} needs them. Take form=stream, or "
+            "quantize before packing: shortstack quantize MODEL -o OUT"
+        )
+    return made
+
+
+def _form(wanted: str, slot: Slot, coded: bool, columns: int, on: torch.device) -> str:
+    from shortstack.runtimes.packed.direct import fits
+
+    if not coded:
+        return wanted if wanted in OF_FLOATS else PLAIN
+    chosen = "direct" if wanted == AUTO else wanted
+    able = fits(columns) if on.type == "cpu" else columns % 2 == 0
+    if chosen == "lean" and on.type == "cuda":
+        chosen = "direct"  # is as small there
+    if chosen in ("direct", "lean") and not able:
+        return "int8"
+    return chosen
+
+
+def make(resident: Resident, slot: Slot, form: str, place: Place) -> Matrix:
+    """Read one matrix of the file into a form."""
+    made = MAKERS[form]
+    return made(resident, slot, place)
+
+
+def _int8(resident: Resident, slot: Slot, place: Place) -> Matrix:
+    from shortstack.runtimes.packed.int8 import Int8Matrix
+
+    return Int8Matrix(resident.codes(slot.tensor), place.dtype, place.device)
+
+
+def _direct(resident: Resident, slot: Slot, place: Place) -> Matrix:
+    from shortstack.runtimes.packed.card import CardDirectMatrix
+    from shortstack.runtimes.packed.direct import CpuDirectMatrix
+
+    if place.device.type == "cuda":
+        return CardDirectMatrix(resident.codes(slot.tensor), place.dtype, place.device)
+    return CpuDirectMatrix(resident.codes(slot.tensor), place.dtype)
+
+
+def _lean(resident: Resident, slot: Slot, place: Place) -> Matrix:
+    from shortstack.runtimes.packed.direct import CpuDirectMatrix
+
+    return CpuDirectMatrix(resident.codes(slot.tensor), place.dtype, place.scratch)
+
+
+def _stream(resident: Resident, slot: Slot, place: Place) -> Matrix:
+    from shortstack.runtimes.packed.stream import FloatStreamMatrix, StreamMatrix
+
+    ring = place.ring if slot.multiplied else None
+    if slot.tensor in resident.coded:
+        return StreamMatrix(resident.codes(slot.tensor), place.dtype, ring)
+    entry = resident.tensors[slot.tensor]
+    plain = resident.floats(slot.tensor).reshape(entry.shape[0], -1)
+    return FloatStreamMatrix(plain, TORCH_TYPES[entry.dtype], place.dtype, ring)
+
+
+MAKERS: Mapping[str, Callable[[Resident, Slot, Place], Matrix]] = {
+    "int8": _int8,
+    "direct": _direct,
+    "lean": _lean,
+    "stream": _stream,
+}
+"""Form -> what reads a matrix into it; `plain` ones stay the model's own (model.py)."""
+
+TORCH_TYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
