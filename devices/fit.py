@@ -11,6 +11,7 @@ from shortstack.artifact import Artifact
 from shortstack.devices import vram
 from shortstack.devices.workload import Workload
 from shortstack.errors import ShortstackError
+from shortstack.exits import config_at
 from shortstack.families import decoder_config, dims, family_of, layer_windows
 from shortstack.gguf_header import read_header
 
@@ -106,7 +107,7 @@ def _has_windows(path: Path, fmt: str) -> bool:
             arch = header.text("general.architecture")
             return bool(header.integer(f"{arch}.attention.sliding_window"))
         if fmt == "checkpoint":
-            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            config = config_at(path)
             return any(layer_windows(family_of(config), decoder_config(config)))
         config = json.loads((path / "genai_config.json").read_text(encoding="utf-8"))
         return bool(config["model"]["decoder"].get("sliding_window"))
@@ -142,8 +143,7 @@ def _row(value: Any, layers: int) -> list[int]:
 
 
 def _of_checkpoint(path: Path) -> int:
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    sizes = dims(decoder_config(config))
+    sizes = dims(decoder_config(config_at(path)))
     return 2 * sizes["layers"] * sizes["kv"]
 
 

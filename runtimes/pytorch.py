@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shortstack.errors import MissingExtraError, ShortstackError
+from shortstack.exits import is_exits, split_depth
 from shortstack.pretrained import load
 from shortstack.runtimes.capabilities import device_kind
 from shortstack.runtimes.pytorch_quantize import PLAIN, load_quantized
@@ -38,12 +39,7 @@ class PyTorchSession:
         torch.set_num_threads(threads)
         self._torch = torch
         self._device = _device(torch, device)
-        weights: dict[str, Any] = {}
-        if quantize == PLAIN:
-            straight = None if self._device.type == "cpu" or not _has_accelerate() else self._device
-            self._model = load(path, getattr(torch, dtype), device=straight).to(self._device)
-        else:
-            self._model, weights = load_quantized(path, quantize, dtype, self._device)
+        weights = self._load(path, dtype, quantize)
         self._synchronize()  # the copy to the device belongs to the load
         self._cache: Any = None
         self._context_tokens = context_tokens
@@ -62,6 +58,16 @@ class PyTorchSession:
             "quantize": quantize,
             **weights,
         }
+
+    def _load(self, path: Path, dtype: str, quantize: str) -> dict[str, Any]:
+        """Set the model; returns what `info` has to say of its weights."""
+        if quantize != PLAIN:
+            self._model, weights = load_quantized(path, quantize, dtype, self._device)
+            return weights
+        straight = None if self._device.type == "cpu" or not _has_accelerate() else self._device
+        model = load(path, getattr(self._torch, dtype), device=straight)
+        self._model = model.to(self._device)
+        return {}
 
     @property
     def vocab_size(self) -> int:
@@ -189,6 +195,26 @@ def open_session(
     quantize: str = PLAIN,
     cuda_graph: str = "off",
 ) -> PyTorchSession:
+    """A session; of exits, by their folder or as `EXITS@15`, one whose depth can be chosen."""
+    folder, depth = split_depth(path)
+    if depth is not None or (is_exits(path) and not (path / "config.json").is_file()):
+        _packages()
+        if cuda_graph == "on" or quantize != PLAIN:
+            raise ShortstackError(
+                "exits go with neither cuda_graph=on nor quantize. Leave them out, or write the "
+                "exit as a model of its own: shortstack exits export"
+            )
+        from shortstack.runtimes.pytorch_exits import ExitsSession
+
+        return ExitsSession(
+            folder,
+            threads=threads,
+            context_tokens=context_tokens,
+            device=device,
+            batch=batch,
+            dtype=dtype,
+            depth=depth,
+        )
     kind = PyTorchSession
     if cuda_graph == "on":
         _packages()

@@ -3,6 +3,13 @@
 `folder` reads and writes the two files of a set of exits and needs no torch; `model` runs them.
 """
 
-from shortstack.exits.folder import ExitFolder, is_exits, read_exits
+from shortstack.exits.folder import (
+    ExitFolder,
+    config_at,
+    is_exits,
+    parse_exits,
+    read_exits,
+    split_depth,
+)
 
-__all__ = ["ExitFolder", "is_exits", "read_exits"]
+__all__ = ["ExitFolder", "config_at", "is_exits", "parse_exits", "read_exits", "split_depth"]

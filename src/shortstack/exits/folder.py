@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 
 from shortstack.checkpoint import DTYPE_BYTES, EXITS_FILE, Checkpoint, TensorInfo, hash_file
 from shortstack.errors import ShortstackError, one_line, unknown
-from shortstack.families import TensorRule
+from shortstack.families import TensorRule, family_of
 
 SCHEMA = 1
 FACTS = "exits.json"
@@ -61,11 +62,16 @@ class ExitFolder:
 
     def check_depth(self, depth: int) -> None:
         if depth not in self.depths:
-            raise unknown(f"exit of {self.path}", str(depth), tuple(map(str, self.depths)))
+            raise ShortstackError(
+                f"{self.path} has no depth {depth}. It has {_listed(self.exits)}, and "
+                f"{self.n_layers}, the whole model."
+            )
 
     def check_exit(self, exit: int) -> None:
         if exit not in self.exits:
-            raise unknown(f"exit of {self.path}", str(exit), tuple(map(str, self.exits)))
+            raise ShortstackError(
+                f"{self.path} has no exit behind {exit} layers. It has {_listed(self.exits)}."
+            )
 
     def open_base(self) -> Checkpoint:
         """The model that the exits stand on. Raises ShortstackError where it is another one, and
@@ -145,6 +151,35 @@ class ExitFolder:
             raise _damaged(self.path / TENSORS, "its tensors are of several types")
 
 
+def parse_exits(text: str) -> tuple[int, ...]:
+    """Read `8,15,22`. Raises ShortstackError for anything else."""
+    if not re.fullmatch(r"\s*\d{1,6}\s*(,\s*\d{1,6}\s*)*", text):
+        raise ShortstackError(f"cannot read layers {text!r}. Write numbers: 8,15,22")
+    return tuple(int(part) for part in text.split(","))
+
+
+def split_depth(path: Path) -> tuple[Path, int | None]:
+    """`EXITS@15` as (EXITS, 15), where that folder holds exits; any other path with None."""
+    name, at, depth = path.name.rpartition("@")
+    folder = path.with_name(name) if at and name else path
+    if folder == path or not depth.isdecimal() or path.exists() or not is_exits(folder):
+        return path, None
+    return folder, int(depth)
+
+
+def config_at(path: Path) -> dict[str, Any]:
+    """config.json of a folder; of `EXITS@15` the base's, with as many layers as run there."""
+    folder, depth = split_depth(path)
+    if depth is None:
+        config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return config
+    exits = read_exits(folder)
+    config = json.loads((exits.base / "config.json").read_text(encoding="utf-8"))
+    nested = family_of(config).nested
+    (config[nested] if nested else config)["num_hidden_layers"] = exits.layers_at(depth)
+    return config
+
+
 def is_exits(path: Path) -> bool:
     return (path / FACTS).is_file()
 
@@ -154,8 +189,7 @@ def check_exits(exits: Sequence[int], n_layers: int) -> tuple[int, ...]:
     found = tuple(sorted(set(exits)))
     if not found or len(found) != len(exits):
         raise ShortstackError(
-            f"exits must be named once each, got {','.join(map(str, exits)) or 'none'}. "
-            "Write e.g. 8,15,22"
+            f"exits must be named once each, got {_listed(exits) or 'none'}. Write e.g. 8,15,22"
         )
     outside = [exit for exit in found if not 0 < exit < n_layers]
     if outside:
@@ -246,6 +280,10 @@ def write_exits(
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / FACTS).write_text(text, encoding="utf-8")
     return read_exits(folder, base.path)
+
+
+def _listed(exits: Sequence[int]) -> str:
+    return ", ".join(map(str, exits))
 
 
 def _base(path: Path, place: str) -> Path:

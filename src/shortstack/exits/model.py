@@ -153,15 +153,22 @@ def open_exits(
 
 def with_tensors(model: Any, tensors: Mapping[int, Mapping[str, Tensor]]) -> Exits:
     """Exits of a model in memory from the tensors of each: `norm.weight`, `layer.` and a name."""
+    return Exits(model, *exit_modules(model, tensors, model.dtype))
+
+
+def exit_modules(
+    model: Any, tensors: Mapping[int, Mapping[str, Tensor]], dtype: torch.dtype
+) -> tuple[dict[int, nn.Module], dict[int, nn.Module]]:
+    """(layers, norms) by exit, made like the model's last layer and norm, on its device."""
     decoder = model.get_decoder()
     layers: dict[int, nn.Module] = {}
     norms: dict[int, nn.Module] = {}
     for exit, given in tensors.items():
         own = {n.removeprefix("layer."): t for n, t in given.items() if n.startswith("layer.")}
         if own:
-            layers[exit] = _filled(decoder.layers[-1], own)
-        norms[exit] = _filled(decoder.norm, {"weight": given["norm.weight"]})
-    return Exits(model, layers, norms)
+            layers[exit] = _filled(decoder.layers[-1], own, dtype)
+        norms[exit] = _filled(decoder.norm, {"weight": given["norm.weight"]}, dtype)
+    return layers, norms
 
 
 def base_tensors(model: Any, checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -174,12 +181,11 @@ def base_tensors(model: Any, checkpoint: Checkpoint) -> dict[str, Tensor]:
     return {**made, "norm.weight": decoder.norm.weight.detach().float().clone()}
 
 
-def _filled(like: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    made = copy.deepcopy(like)
-    kind = next(like.parameters())
+def _filled(like: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    made = copy.deepcopy(like).to(dtype)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            parameter.copy_(tensors[name].to(kind.dtype))
+            parameter.copy_(tensors[name].to(dtype))
     return made
 
 
