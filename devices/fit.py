@@ -11,6 +11,7 @@ from shortstack.artifact import Artifact
 from shortstack.devices import vram
 from shortstack.devices.workload import Workload
 from shortstack.errors import ShortstackError
+from shortstack.exits import config_at
 from shortstack.families import decoder_config, dims, family_of, layer_windows
 from shortstack.gguf_header import read_header
 from shortstack.intake.packed_file import read_config
@@ -110,11 +111,7 @@ def _has_windows(path: Path, fmt: str) -> bool:
             arch = header.text("general.architecture")
             return bool(header.integer(f"{arch}.attention.sliding_window"))
         if fmt in ("checkpoint", "packed"):
-            config = (
-                read_config(open_packed(path))
-                if fmt == "packed"
-                else json.loads((path / "config.json").read_text(encoding="utf-8"))
-            )
+            config = read_config(open_packed(path)) if fmt == "packed" else config_at(path)
             return any(layer_windows(family_of(config), decoder_config(config)))
         config = json.loads((path / "genai_config.json").read_text(encoding="utf-8"))
         return bool(config["model"]["decoder"].get("sliding_window"))
@@ -150,7 +147,7 @@ def _row(value: Any, layers: int) -> list[int]:
 
 
 def _of_checkpoint(path: Path) -> int:
-    return _of_config(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    return _of_config(config_at(path))
 
 
 def _of_config(config: dict[str, Any]) -> int:

@@ -108,7 +108,7 @@ def apply_plan(
                 writer.write(name, surgery.source[name].chunks(reader))
                 progress(done, len(surgery.source))
         (out / "config.json").write_text(surgery.config_text, encoding="utf-8")
-        (out / PLAN_FILE).write_text(_noted(checkpoint, plan).to_json(), encoding="utf-8")
+        (out / PLAN_FILE).write_text(noted(checkpoint, plan).to_json(), encoding="utf-8")
         for file in checkpoint.tokenizer_files:
             shutil.copyfile(file, out / file.name)
     pruned = Checkpoint.open(out)
@@ -116,7 +116,7 @@ def apply_plan(
     return pruned
 
 
-def _noted(checkpoint: Checkpoint, plan: PrunePlan) -> PrunePlan:
+def noted(checkpoint: Checkpoint, plan: PrunePlan) -> PrunePlan:
     """Note which layers of the original rotate, if not all: a refused export says which cuts keep
     that rhythm."""
     kinds = list(rotates(checkpoint.family, checkpoint.text))

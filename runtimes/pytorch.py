@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shortstack.errors import MissingExtraError, ShortstackError
+from shortstack.exits import is_exits, split_depth
 from shortstack.pretrained import load
 from shortstack.runtimes.capabilities import device_kind
 from shortstack.runtimes.pytorch_quantize import PLAIN, load_quantized
@@ -210,6 +211,26 @@ def open_session(
     quantize: str = PLAIN,
     cuda_graph: str = "off",
 ) -> PyTorchSession:
+    """A session; of exits, by their folder or as `EXITS@15`, one whose depth can be chosen."""
+    folder, depth = split_depth(path)
+    if depth is not None or (is_exits(path) and not (path / "config.json").is_file()):
+        _packages()
+        if cuda_graph == "on" or quantize != PLAIN:
+            raise ShortstackError(
+                "exits go with neither cuda_graph=on nor quantize. Leave them out, or write the "
+                "exit as a model of its own: shortstack exits export"
+            )
+        from shortstack.runtimes.pytorch_exits import ExitsSession
+
+        return ExitsSession(
+            folder,
+            threads=threads,
+            context_tokens=context_tokens,
+            device=device,
+            batch=batch,
+            dtype=dtype,
+            depth=depth,
+        )
     kind = PyTorchSession
     if cuda_graph == "on":
         _packages()

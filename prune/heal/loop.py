@@ -51,22 +51,13 @@ class Loop:
         self.selection = _equal(selection_windows, "selection")
         low = self._start()
         torch.manual_seed(settings.seed)
-        model = load(student.path, torch.float32)
-        freeze(model, student, settings)
-        judge: Any = None
         self._cache: TeacherCache | None = None
-        if teacher is not None and settings.runs_teacher:
-            dtype = torch.bfloat16 if low else torch.float32
-            judge = load(teacher.path, dtype)
-            judge.requires_grad_(False).to(self.device)
-            if cache is not None:
-                self._cache = self._fill(cache, teacher, judge)
-                judge = None
-        trained = [p for p in model.parameters() if p.requires_grad]
+        module = self._module(student, teacher, cache, low)
+        trained = [p for p in module.model.parameters() if p.requires_grad]
         if not trained:
             raise ShortstackError(f"train {settings.train!r} leaves nothing to train.")
         self._wrapped, self._optimizer = self.accelerator.prepare(
-            Student(model, judge, settings, low),
+            module,
             torch.optim.AdamW(
                 trained, settings.learning_rate, (0.9, 0.95), weight_decay=settings.weight_decay
             ),
@@ -75,10 +66,24 @@ class Loop:
         self.stopped: str | None = None
         self._best: dict[str, Tensor] = {}
 
+    def _module(
+        self, student: Checkpoint, teacher: Checkpoint | None, cache: Path | None, low: bool
+    ) -> Any:
+        """What is run: gives its summed loss, and has what learns under `model`."""
+        model = load(student.path, torch.float32)
+        freeze(model, student, self.settings)
+        judge: Any = None
+        if teacher is not None and self.settings.runs_teacher:
+            judge = load(teacher.path, torch.bfloat16 if low else torch.float32)
+            judge.requires_grad_(False).to(self.device)
+            if cache is not None:
+                self._cache = self._fill(cache, teacher, judge)
+                judge = None
+        return Student(model, judge, self.settings, low)
+
     @property
-    def module(self) -> Student:
-        found: Student = self.accelerator.unwrap_model(self._wrapped)
-        return found
+    def module(self) -> Any:
+        return self.accelerator.unwrap_model(self._wrapped)
 
     @property
     def trained(self) -> dict[str, Tensor]:

@@ -28,6 +28,9 @@ from shortstack.safetensors_header import open_head
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 SIDECAR = "row_codes.safetensors"
 """Codes and steps of quantized weights (`shortstack.row_codes`), beside the shards."""
+EXITS_FILE = "exits.safetensors"
+"""Exits of the model (`shortstack.exits`), where they lie beside the shards: no part of it."""
+NO_SHARDS = frozenset({SIDECAR, EXITS_FILE})
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -250,7 +253,7 @@ def _shard_names(path: Path) -> list[str]:
                 "Download it again."
             )
         return names
-    names = sorted(p.name for p in path.glob("*.safetensors") if p.name != SIDECAR)
+    names = sorted(p.name for p in path.glob("*.safetensors") if p.name not in NO_SHARDS)
     if names:
         return names
     pickles = sorted(p.name for pattern in PICKLES for p in path.glob(pattern))

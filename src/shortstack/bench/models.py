@@ -14,6 +14,7 @@ from shortstack.checkpoint import Checkpoint, hash_digests, hash_file, hash_file
 from shortstack.commands.stages import open_artifact
 from shortstack.devices.fit import DTYPE_BYTES, QUANTIZED_BYTES
 from shortstack.errors import ShortstackError, require
+from shortstack.exits import config_at, read_exits, split_depth
 from shortstack.families import context_tokens
 from shortstack.gguf_header import GGML_TYPES, GgufHeader, read_header
 from shortstack.intake import is_packed, resolve
@@ -34,6 +35,9 @@ def benchable(reference: str, dtype: str = "float32", quantize: str = "none") ->
     (both of pytorch). Raises ShortstackError where there is no model, and for an artifact of ours
     that was changed.
     """
+    folder, depth = split_depth(Path(reference))
+    if depth is not None:
+        return _exit(folder, depth, dtype, quantize)
     kind, target = resolve(reference)
     if kind == "hub":
         raise ShortstackError(
@@ -98,6 +102,8 @@ def longest_context(artifact: Artifact) -> int | None:
         model = _read_json(genai).get("model")
         length = model.get("context_length") if isinstance(model, dict) else None
         return length if isinstance(length, int) else None
+    if split_depth(path)[1] is not None:
+        return context_tokens(config_at(path), windowed=True)
     if not config.is_file():
         return None
     return context_tokens(_read_json(config), windowed=artifact.format == CHECKPOINT)
@@ -113,10 +119,32 @@ def _read_json(file: Path) -> dict[str, Any]:
     return data
 
 
+def _exit(folder: Path, depth: int, dtype: str, quantize: str) -> Artifact:
+    """A depth of a model with exits, as the runtime opens it: the whole one, or an exit's."""
+    from shortstack.prune.exits.cut import exit_cut
+
+    exits = read_exits(folder)
+    exits.check_depth(depth)
+    base = exits.open_base()
+    if depth == exits.n_layers:
+        found = _of_headers(base, base.sha256, dtype, quantize)
+    else:
+        shown = exit_cut(base, exits, depth).checkpoint(base, exits, depth)
+        identity = [("base", base.sha256), ("exits", exits.sha256), ("depth", str(depth))]
+        found = _of_headers(shown, hash_digests(identity), dtype, quantize)
+    return dataclasses.replace(
+        found, path=folder.with_name(f"{folder.name}@{depth}"), source_sha256=base.sha256
+    )
+
+
 def _checkpoint(place: Path, dtype: str, quantize: str) -> Artifact:
+    checkpoint = Checkpoint.open(place)
+    return _of_headers(checkpoint, checkpoint.sha256, dtype, quantize)
+
+
+def _of_headers(checkpoint: Checkpoint, sha256: str, dtype: str, quantize: str) -> Artifact:
     """A folder is read into memory as `dtype`, so that is what a token reads. Quantized, its bytes
     are an estimate, until a session has loaded it (devices/harness.py)."""
-    checkpoint = Checkpoint.open(place)
     own = _decoder_shapes(checkpoint)
     if not checkpoint.tied:
         own = {name: shape for name, shape in own.items() if not name.endswith(EMBEDDING)}
@@ -126,14 +154,14 @@ def _checkpoint(place: Path, dtype: str, quantize: str) -> Artifact:
     if quantize != "none":
         saved = round((width - QUANTIZED_BYTES[quantize]) * (multiplied.matmul_params or 0))
     return Artifact(
-        path=place,
+        path=checkpoint.path,
         spec=ExportSpec(CHECKPOINT, dtype if quantize == "none" else quantize),
         n_layers=checkpoint.n_layers,
         n_params=checkpoint.n_params,
         size_bytes=checkpoint.n_params * width - saved if saved else checkpoint.n_bytes,
         weight_bytes_per_token=read * width - saved,
-        sha256=checkpoint.sha256,
-        source_sha256=checkpoint.sha256,
+        sha256=sha256,
+        source_sha256=sha256,
         matmul_params=multiplied.matmul_params,
         head_params=multiplied.head_params,
     )

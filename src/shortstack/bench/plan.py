@@ -16,6 +16,7 @@ from shortstack.devices.schedule import Case
 from shortstack.devices.workload import Prompt, Workload, warmup_tokens
 from shortstack.errors import ShortstackError, unknown
 from shortstack.evaluate.codec import Codec, FolderCodec, packed_codec
+from shortstack.exits import is_exits, parse_exits, read_exits, split_depth
 from shortstack.runtimes import RUNTIMES, capabilities, runtimes_for
 from shortstack.text import Corpus, open_corpus, token_windows
 
@@ -26,6 +27,10 @@ PACKAGES = {
     "pytorch": "transformers",
     "pytorch-packed": "transformers",
 }
+
+
+NO_DEPTH = "0"
+"""What `--depth` is where it is not given."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +115,48 @@ class Plan:
         ]
 
 
+def at_depths(models: Sequence[str], depth: str) -> tuple[list[str], int]:
+    """What `--depth` says: models with every depth of a folder of exits named (`EXITS@15`), and
+    the tokens in the cache before the prompt, which it means for other models.
+
+    Raises ShortstackError for models of both kinds, and for a depth that exits do not have.
+    """
+    with_exits = [model for model in models if is_exits(Path(model))]
+    if not with_exits:
+        if not depth.isdecimal():
+            raise ShortstackError(
+                f"--depth {depth}: these models have no exits, so it counts tokens in the cache "
+                "before the prompt, one number. Train exits with: shortstack exits train"
+            )
+        return list(models), int(depth)
+    if depth != NO_DEPTH and len(with_exits) < len(models):
+        raise ShortstackError(
+            "--depth names layers of models with exits, and tokens in the cache of others. Measure "
+            "them apart, or leave it out."
+        )
+    named: list[str] = []
+    for model in models:
+        if model not in with_exits:
+            named.append(model)
+            continue
+        exits = read_exits(Path(model))
+        depths = exits.depths if depth == NO_DEPTH else parse_exits(depth)
+        for one in depths:
+            exits.check_depth(one)
+        named += [f"{Path(model)}@{one}" for one in depths]
+    return named, 0
+
+
 def make_plan(models: Sequence[str], choice: BenchChoice) -> Plan:
     """Look at every model and cut the text. Nothing is loaded, nothing written.
 
     Raises ShortstackError for whatever cannot be measured as it is asked for.
     """
+    if choice.cold and any(split_depth(Path(model))[1] is not None for model in models):
+        raise ShortstackError(
+            "--cold drops the files of a folder from memory; those of exits lie in two. Leave it "
+            "out, or measure folders of: shortstack exits export"
+        )
     check_threads(choice.threads)
     if choice.cold and choice.repeats < 2:
         raise ShortstackError(
@@ -263,7 +305,8 @@ def _codec(artifact: Artifact) -> Codec:
         return GgufCodec(artifact.path)
     if artifact.format == "packed":
         return packed_codec(artifact.path)
-    return FolderCodec(artifact.path)
+    folder, depth = split_depth(artifact.path)
+    return FolderCodec(artifact.path if depth is None else read_exits(folder).base)
 
 
 def _source_name(corpus: Corpus) -> str:

@@ -13,6 +13,7 @@ import typer
 from shortstack import __version__
 from shortstack.cli import bench as cli_bench
 from shortstack.cli import evaluate as cli_eval
+from shortstack.cli import exits as cli_exits
 from shortstack.cli import heal as cli_heal
 from shortstack.cli import lm_eval as cli_lm_eval
 from shortstack.cli import packed as cli_packed
@@ -148,6 +149,10 @@ def export(
         str, typer.Option(help="FORMAT:PRECISION, e.g. gguf:Q8_0 or onnx:int4; or packed.")
     ],
     out: Out,
+    exit: Annotated[
+        int | None,
+        typer.Option(help="Of a folder with exits: which, by its layers. Also MODEL@15."),
+    ] = None,
     option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, e.g. head=Q6_K.")] = None,
     text: Text = "spdx",
     max_perplexity_ratio: Annotated[float, typer.Option(help="Gate of a quantized file.")] = 1.25,
@@ -166,7 +171,7 @@ def export(
     options = dict(stages.split_option(item) for item in option or ())
     wanted = part(ExportRecipe, to=to, options=options, max_perplexity_ratio=max_perplexity_ratio)
     result = stages.export(
-        model,
+        stages.exit_of(model, exit),
         wanted,
         text,
         out,
@@ -199,6 +204,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
 
 app.command()(cli_bench.bench)
+app.add_typer(cli_exits.app, name="exits")
 app.command()(cli_heal.heal)
 app.command("eval")(cli_eval.evaluate)
 app.command()(cli_quantize.quantize)

@@ -32,7 +32,13 @@ PromptTokens = Annotated[
     list[int] | None,
     typer.Option(min=LEAST_PROMPT, max=MOST_PROMPT, help="Length of the prompt; repeats. [128]"),
 ]
-Depth = Annotated[int, typer.Option(min=0, help="Tokens in the cache before the prompt, untimed.")]
+Depth = Annotated[
+    str,
+    typer.Option(
+        help="Tokens in the cache before the prompt, untimed. Of a folder with exits: the depths "
+        "to measure, e.g. 10,15,30."
+    ),
+]
 Batch = Annotated[int, typer.Option(min=1, help="Sequences side by side.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda:0, ...; doctor lists what is here.")]
 Options = Annotated[
@@ -69,7 +75,7 @@ def bench(
     text: Text = "spdx",
     prompt_tokens: PromptTokens = None,
     decode_tokens: Annotated[int, typer.Option(min=2, help="Timed decode steps.")] = 64,
-    depth: Depth = 0,
+    depth: Depth = "0",
     batch: Batch = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timed trials of each case.")] = 6,
     memory_repeats: Annotated[int, typer.Option(min=0, help="Trials watched for memory.")] = 2,
@@ -88,15 +94,16 @@ def bench(
 ) -> None:
     """Measure models in fresh processes, in turn; keep every sample. A killed campaign goes on."""
     from shortstack import terminal
-    from shortstack.bench.plan import BenchChoice
+    from shortstack.bench.plan import BenchChoice, at_depths
     from shortstack.commands import bench as bench_commands
     from shortstack.commands.stages import split_option
 
+    models, depth_tokens = at_depths(models, depth)
     choice = BenchChoice(
         runtimes=tuple(runtime or ()),
         prompt_tokens=tuple(prompt_tokens or (128,)),
         decode_tokens=decode_tokens,
-        depth_tokens=depth,
+        depth_tokens=depth_tokens,
         batch=batch,
         repeats=repeats,
         memory_repeats=memory_repeats,

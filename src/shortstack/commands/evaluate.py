@@ -18,6 +18,7 @@ from shortstack.evaluate.run import Examinee
 from shortstack.evaluate.sets import SetSpec, distinct
 from shortstack.evaluate.targets import PYTORCH, Loading, Target, target_of
 from shortstack.evaluate.torch_scorer import check_loading
+from shortstack.exits import split_depth
 from shortstack.manifest import check_apart, read_manifest, write_text
 from shortstack.packed.runnable import PACKED
 from shortstack.progress import Display, OnProgress
@@ -111,13 +112,18 @@ def _targets(
     for wanted in (*([against] if against else []), *models):
         label = _label(wanted.name, [target.label for target in targets])
         place = Path(wanted.name)
-        if not place.exists() and ":" in wanted.name:
-            place = stack.enter_context(stages.opened(wanted.name, out, display)).path
+        if not place.exists() and (":" in wanted.name or split_depth(place)[1] is not None):
+            place = stack.enter_context(stages.opened(wanted.name, _near(out, label), display)).path
         target = target_of(place, label=label, runtime=wanted.runtime, tokenizer=wanted.tokenizer)
         same = [t for t in targets if (t.sha256, t.runtime) == (target.sha256, target.runtime)]
         if not same:
             targets.append(target)
     return targets
+
+
+def _near(out: Path, label: str) -> Path:
+    """Each model that is made into a folder has one of its own while all are evaluated."""
+    return out.with_name(f"{out.name}.{label}")
 
 
 def _label(name: str, taken: Sequence[str]) -> str:

@@ -66,7 +66,7 @@ def heal_model(
     """
     require(("torch", "transformers", "accelerate"), "heal", "healing")
     check_ours(out, "heal")
-    cut = _folder(student)
+    cut = training_folder(student)
     check_apart(out, [cut.path, *(model_paths(teacher) if teacher else ())])
     train, selection = windows_for(cut, text, settings)
     with _teacher(teacher, out, display) as original:
@@ -83,7 +83,7 @@ def heal_model(
             train = [*train, *_self_generated(original, train, text, out, settings, key, display)]
             windows = (train, selection)
             kept = _healed(cut, original, windows, out, settings, cache, key, display)
-            _beside(out, "samples").unlink(missing_ok=True)
+            beside(out, "samples").unlink(missing_ok=True)
     return {"checkpoint": str(out), **kept["heal"]}
 
 
@@ -114,17 +114,17 @@ def _healed(
     from shortstack.prune.heal.train import heal
 
     run = functools.partial(
-        heal, cut, original, *windows, settings=settings, state=_beside(out, "healing"), cache=cache
+        heal, cut, original, *windows, settings=settings, state=beside(out, "healing"), cache=cache
     )
     if not is_first():
-        return {"heal": run(out=_beside(out, "partial"))[1]}  # where the first process writes
+        return {"heal": run(out=beside(out, "partial"))[1]}  # where the first process writes
     with display.step("Heal") as progress, staged(out, "heal") as partial:
         healed, facts = run(out=partial, progress=progress, note=display.note)
         facts = {**facts, "source_sha256": cut.sha256, "sha256": healed.sha256}
         return write_manifest(partial, "heal", key, {"heal": facts})
 
 
-def _beside(out: Path, what: str) -> Path:
+def beside(out: Path, what: str) -> Path:
     target = out.resolve()
     return target.with_name(f".{target.name}.{what}")
 
@@ -145,7 +145,7 @@ def streamline_model(
     from shortstack.prune.streamline import check_choice, plan_run, streamline
 
     check_ours(out, "streamline")
-    original = _folder(model)
+    original = training_folder(model)
     check_choice(original, drop, objective, replacement)
     check_apart(out, [original.path])
     train, selection = windows_for(original, text, settings)
@@ -167,7 +167,7 @@ def streamline_model(
                     objective=objective,
                     progress=progress,
                     note=display.note,
-                    state=_beside(out, "healing"),
+                    state=beside(out, "healing"),
                 )
             facts = {
                 **{"run": plan.facts["run"], "drop": list(plan.drop)},
@@ -180,7 +180,7 @@ def streamline_model(
 
 @contextlib.contextmanager
 def _work(out: Path) -> Iterator[Path]:
-    folder = _beside(out, "work.partial")
+    folder = beside(out, "work.partial")
     shutil.rmtree(folder, ignore_errors=True)  # what a hard kill left
     folder.mkdir()
     try:
@@ -215,7 +215,7 @@ def _self_generated(
             device=settings.device,
             progress=progress,
         )
-        return kept_windows(_beside(out, "samples"), key, make, first=is_first())
+        return kept_windows(beside(out, "samples"), key, make, first=is_first())
 
 
 def windows_for(
@@ -234,7 +234,7 @@ def windows_for(
     return drawn(train, settings.seed)[:wanted], selection
 
 
-def _folder(model: str) -> Checkpoint:
+def training_folder(model: str) -> Checkpoint:
     kind, target = resolve(model)
     if kind != "folder":
         raise ShortstackError(

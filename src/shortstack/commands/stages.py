@@ -17,6 +17,7 @@ from shortstack.devices.host import check_threads
 from shortstack.devices.report import ReportData, write_report
 from shortstack.disk import require_space
 from shortstack.errors import ShortstackError, require
+from shortstack.exits import read_exits
 from shortstack.export import exporter
 from shortstack.footprint import in_words
 from shortstack.intake import model_paths, open_model, preview_model
@@ -156,6 +157,14 @@ def _fitting_plan(drop: str | None, plan_file: Path | None, checkpoint: Checkpoi
             f"{checkpoint.n_layers}. Plan again."
         )
     return made
+
+
+def exit_of(model: str, exit: int | None) -> str:
+    """The reference of an exit. Raises ShortstackError for a model without it."""
+    if exit is None:
+        return model
+    read_exits(Path(model)).check_exit(exit)
+    return f"{model}@{exit}"
 
 
 def export(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shortstack.artifact import Artifact
-from shortstack.checkpoint import SIDECAR, Checkpoint
+from shortstack.checkpoint import NO_SHARDS, Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.evaluate.codec import Codec, FolderCodec, packed_codec
 from shortstack.evaluate.scorer import Scorer
@@ -193,7 +193,8 @@ def _files(path: Path, fmt: str) -> list[Path]:
     if path.is_file():
         return [path]
     wanted = {"onnx": ("*.onnx*", "*.data", "*.json"), "checkpoint": ("*.safetensors", "*.json")}
-    ours = ("shortstack.json", SIDECAR)  # the weights hold what the codes say
+    # the weights hold what the codes say; exits beside a model are no part of it
+    ours = {"shortstack.json", "exits.json", *NO_SHARDS}
     found = {f for pattern in wanted[fmt] for f in path.glob(pattern) if f.name not in ours}
     return sorted(found)
 

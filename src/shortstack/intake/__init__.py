@@ -1,4 +1,4 @@
-"""The model in: a folder, a .gguf file, a file inside an installed package, a hub id."""
+"""The model in: a folder, a .gguf file, a file inside a package, a hub id, an exit of a model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
+from shortstack.exits import read_exits, split_depth
 from shortstack.progress import OnProgress, silent
 
 SOURCES = {
@@ -18,6 +19,7 @@ SOURCES = {
     "gguf": "shortstack.intake.gguf_file",
     "hub": "shortstack.intake.hub",
     "packed": "shortstack.intake.packed_file",
+    "exit": "shortstack.intake.exit_of",
 }
 """Kind of source -> module that offers what `Source` says."""
 
@@ -50,7 +52,8 @@ class Source(Protocol):
 
 
 def open_model(reference: str, work: Path, *, progress: OnProgress = silent) -> Checkpoint:
-    """Open a model by folder, .gguf file, `pkg:PACKAGE/PATH` or `hf:OWNER/NAME[@REVISION]`.
+    """Open a model by folder, .gguf file, `pkg:PACKAGE/PATH`, `hf:OWNER/NAME[@REVISION]`, or
+    `EXITS@15`, an exit of a folder with exits.
 
     A folder is opened in place; anything else becomes a folder at `work`, once. Only `hf:` uses
     the network. Raises ShortstackError for a reference that names nothing.
@@ -85,6 +88,8 @@ def resolve(reference: str) -> tuple[str, str]:
         return "folder", str(path)
     if path.is_file() and path.suffix.lower() == ".gguf":
         return "gguf", str(path)
+    if split_depth(path)[1] is not None:
+        return "exit", str(path)
     if path.is_file() and is_packed(path):
         return "packed", str(path)
     if path.is_file():
@@ -104,6 +109,9 @@ def resolve(reference: str) -> tuple[str, str]:
 def model_paths(reference: str) -> tuple[Path, ...]:
     """The file or folder that a reference names here; none for a hub model."""
     kind, target = resolve(reference)
+    if kind == "exit":
+        found = read_exits(split_depth(Path(target))[0])
+        return (found.path, found.base)
     return () if kind == "hub" else (Path(target),)
 
 
