@@ -43,6 +43,10 @@ class Answerer:
                 f"{self.n_layers}. Fit one to this model."
             )
 
+    @property
+    def device(self) -> Any:
+        return self._head.device
+
     def answer(
         self,
         prompts: Sequence[Prompt],

@@ -113,7 +113,6 @@ def fit(
 def _fitted(model: Any, tune: States, words: tuple[str, ...], settings: Settings) -> Rule:
     checks = len(tune.layers)
     weights, bias = top_rule(checks, len(FEATURES))
-    rule = Rule(tune.layers, settings.check, weights, bias, 0.0, TOP)
     if settings.check == PROBE:
         if not words:
             raise ShortstackError(
@@ -127,6 +126,8 @@ def _fitted(model: Any, tune: States, words: tuple[str, ...], settings: Settings
             probe=probe,
             probe_bias=probe_bias,
         )
+    else:
+        rule = Rule(tune.layers, settings.check, weights, bias, 0.0, TOP)
     if settings.classifier == TOP:
         return rule
     features, chosen = features_of(model, rule, tune)
@@ -198,12 +199,15 @@ def _used(traced: Traced, threshold: float) -> list[int]:
 
 def with_checks(rule: Rule, kept: Sequence[int]) -> Rule:
     """The rule with some of its checks alone."""
-    arrays = {
-        name: None if array is None else array[list(kept)]
-        for name in ("weights", "bias", "probe", "probe_bias")
-        for array in (getattr(rule, name),)
-    }
-    return dataclasses.replace(rule, layers=tuple(rule.layers[at] for at in kept), **arrays)
+    at = list(kept)
+    return dataclasses.replace(
+        rule,
+        layers=tuple(rule.layers[check] for check in at),
+        weights=rule.weights[at],
+        bias=rule.bias[at],
+        probe=None if rule.probe is None else rule.probe[at],
+        probe_bias=None if rule.probe_bias is None else rule.probe_bias[at],
+    )
 
 
 def _columns(traced: Traced, kept: Sequence[int]) -> Traced:

@@ -36,10 +36,8 @@ def fit_probe(hidden: Tensor, logits: Tensor) -> tuple[NDArray[np.float32], NDAr
 def _ridge(inputs: Tensor, wanted: Tensor) -> Tensor:
     rows, width = inputs.shape
     least = RIDGE * inputs.square().sum() / width + torch.finfo(inputs.dtype).tiny
-    if rows < width:
-        gram = inputs @ inputs.T
-        gram.diagonal().add_(least)
-        return inputs.T @ torch.linalg.solve(gram, wanted)
-    gram = inputs.T @ inputs
+    dual = rows < width
+    gram = inputs @ inputs.T if dual else inputs.T @ inputs
     gram.diagonal().add_(least)
-    return torch.linalg.solve(gram, inputs.T @ wanted)
+    found: Tensor = torch.linalg.solve(gram, wanted if dual else inputs.T @ wanted)
+    return inputs.T @ found if dual else found

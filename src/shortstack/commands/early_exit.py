@@ -1,0 +1,321 @@
+"""`shortstack exits fit` and `shortstack eval --early-exit`."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shortstack.checkpoint import Checkpoint
+from shortstack.commands.stages import opened
+from shortstack.early_exit.prompts import (
+    Prompt,
+    Style,
+    choose_style,
+    encode,
+    with_examples,
+    without_examples,
+)
+from shortstack.early_exit.rule_file import SUFFIX, check_model, read_rule, write_rule
+from shortstack.errors import ShortstackError, require
+from shortstack.evaluate import metrics
+from shortstack.evaluate.codec import FolderCodec
+from shortstack.evaluate.subsets import subset
+from shortstack.families import context_tokens
+from shortstack.manifest import write_text
+from shortstack.progress import Display
+from shortstack.questions import Question, open_questions, refuse_leaks
+
+if TYPE_CHECKING:
+    from shortstack.early_exit.rule import Rule
+    from shortstack.evaluate.targets import Loading
+    from shortstack.prune.early_exit.fit import Settings
+    from shortstack.runtimes.pytorch_early_exit import Answerer
+
+VALIDATION_SHARE = 1 / 3
+RULES = {"top": "fixed threshold", "depth": "always after the same layers"}
+
+
+def fit_exit(
+    model: str,
+    tune: Path,
+    validation: Path | None,
+    settings: Mapping[str, Any],
+    out: Path,
+    loading: Loading,
+    *,
+    answers: str,
+    shots: int,
+    rows: int | None,
+    seed: int,
+    display: Display,
+) -> dict[str, Any]:
+    """Fit an early exit to the questions of `tune`; write it to the file `out`, and the rules to
+    beat beside it (NAME.top.safetensors, NAME.depth.safetensors).
+
+    Without `validation` a third of the rows sets the threshold. `rows`: the most that are used.
+    """
+    require(("torch", "transformers"), "prune", "fitting an early exit")
+    require(("sklearn",), "exits", "fitting an early exit")
+    from shortstack.evaluate.torch_scorer import check_loading
+    from shortstack.prune.early_exit.fit import Settings
+
+    chosen = Settings(**settings)
+    check_out(out)
+    check_loading(loading.device, loading.dtype)
+    parts = _parts(tune, validation, rows, seed)
+    with opened(model, out, display) as checkpoint:
+        codec = FolderCodec(checkpoint.path)
+        every = [question for part in parts.values() for question in part]
+        style = with_examples(choose_style(codec, every, answers), parts["tune"], shots, seed)
+        parts["tune"] = without_examples(style, parts["tune"])
+        length = min(
+            context_tokens(checkpoint.config, windowed=True) or loading.context_tokens,
+            loading.context_tokens,
+        )
+        prompts = {name: encode(codec, part, style, length) for name, part in parts.items()}
+        rule, others = _fit(checkpoint, prompts, style, chosen, loading, display)
+    write_rule(rule, out)
+    for name, other in others.items():
+        write_rule(other, beside(out, name))
+    return _said(rule, others, out)
+
+
+def check_out(out: Path) -> None:
+    """Raise ShortstackError for a name that is no early exit's, and for another file of that
+    name."""
+    if out.suffix != SUFFIX:
+        raise ShortstackError(f"{out} must end in {SUFFIX}. Choose another -o.")
+    if out.exists():
+        try:
+            read_rule(out)
+        except ShortstackError:
+            raise ShortstackError(
+                f"{out} exists and is no early exit of this shortstack. Choose another -o, or "
+                "remove it."
+            ) from None
+
+
+def beside(out: Path, name: str) -> Path:
+    return out.with_name(f"{out.stem}.{name}{SUFFIX}")
+
+
+def _parts(
+    tune: Path, validation: Path | None, rows: int | None, seed: int
+) -> dict[str, tuple[Question, ...]]:
+    first = subset(open_questions(tune), rows, seed)
+    if validation is not None:
+        parts = {"tune": first, "validation": subset(open_questions(validation), rows, seed)}
+    else:
+        keys = sorted({question.key for question in first})
+        random.Random(seed).shuffle(keys)
+        taken = set(keys[: round(VALIDATION_SHARE * len(keys))])
+        parts = {
+            "tune": tuple(question for question in first if question.key not in taken),
+            "validation": tuple(question for question in first if question.key in taken),
+        }
+    refuse_leaks(parts)
+    return parts
+
+
+def _fit(
+    checkpoint: Checkpoint,
+    prompts: Mapping[str, Sequence[Prompt]],
+    style: Style,
+    settings: Settings,
+    loading: Loading,
+    display: Display,
+) -> tuple[Rule, dict[str, Rule]]:
+    import dataclasses
+
+    from shortstack.prune.early_exit.fit import baselines, fit
+    from shortstack.prune.early_exit.states import collect
+
+    model = _model(checkpoint, loading)
+    layers = settings.layers(checkpoint.n_layers)
+    states = {}
+    for name, part in prompts.items():
+        with display.step(f"Run the {name} rows") as progress:
+            states[name] = collect(model, part, layers, loading.batch_tokens, progress)
+    words = {prompt.words for part in prompts.values() for prompt in part}
+    shared = words.pop() if len(words) == 1 else ()
+    with display.step("Fit"):
+        rule = fit(
+            *(model, states["tune"], states["validation"], shared, settings),
+            model_sha256=checkpoint.sha256,
+        )
+        rule = dataclasses.replace(rule, facts={**rule.facts, "style": style.to_dict()})
+        return rule, baselines(model, rule, states["validation"])
+
+
+def _model(checkpoint: Checkpoint, loading: Loading) -> Any:
+    import torch
+
+    from shortstack.pretrained import load
+
+    torch.set_num_threads(loading.threads)
+    return load(checkpoint.path, getattr(torch, loading.dtype)).to(loading.device)
+
+
+def _said(rule: Rule, others: Mapping[str, Rule], out: Path) -> dict[str, Any]:
+    return {
+        "classifier": str(out),
+        "kind": rule.kind,
+        "check": rule.check,
+        "checks": list(rule.layers),
+        "of_layers": rule.n_layers,
+        "rows": rule.facts["rows"],
+        "validation": rule.facts["validation"],
+        **{name: other.facts["validation"] for name, other in others.items()},
+    }
+
+
+def evaluate_exit(
+    model: str,
+    files: Sequence[Path],
+    classifier: Path,
+    loading: Loading,
+    out: Path,
+    *,
+    limit: int | None,
+    seed: int,
+    display: Display,
+) -> dict[str, Any]:
+    """Answer the questions of `files` with the whole model, the early exit, and the rules beside
+    it; write early_exit.json and early_exit.md into the folder `out`.
+
+    Raises ShortstackError for a classifier that was edited, or fitted to another model.
+    """
+    require(("torch", "transformers"), "prune", "early exits")
+    from shortstack import early_exit_report
+    from shortstack.evaluate.torch_scorer import check_loading
+
+    rules = {"early exit": read_rule(classifier)}
+    for name, title in RULES.items():
+        if beside(classifier, name).is_file():
+            rules[title] = read_rule(beside(classifier, name))
+    questions = {file: subset(open_questions(file), limit, seed) for file in files}
+    check_loading(loading.device, loading.dtype)
+    _check_folder(out)
+    with opened(model, out, display) as checkpoint:
+        for rule in rules.values():
+            check_model(rule, checkpoint.sha256, model)
+        results = _evaluated(checkpoint, questions, rules, loading, display)
+    data = {"schema": 1, "model": model, "classifier": str(classifier), "seed": seed}
+    data |= {"device": loading.device, "dtype": loading.dtype, "results": results}
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "early_exit.json", json.dumps(data, indent=1) + "\n")
+    write_text(out / "early_exit.md", early_exit_report.markdown(data))
+    return {**data, "folder": str(out)}
+
+
+def _check_folder(out: Path) -> None:
+    present = {file.name for file in out.iterdir()} if out.is_dir() else set()
+    if out.is_file() or present - {"early_exit.json", "early_exit.md"}:
+        raise ShortstackError(f"{out} holds other things. Choose another -o.")
+
+
+def _evaluated(
+    checkpoint: Checkpoint,
+    questions: Mapping[Path, Sequence[Question]],
+    rules: Mapping[str, Rule],
+    loading: Loading,
+    display: Display,
+) -> list[dict[str, Any]]:
+    from shortstack.runtimes.pytorch_early_exit import Answerer
+
+    model, codec = _model(checkpoint, loading), FolderCodec(checkpoint.path)
+    first = next(iter(rules.values()))
+    style = Style(**first.facts["style"])
+    answerers = {"whole model": Answerer(model)}
+    answerers |= {name: Answerer(model, rule) for name, rule in rules.items()}
+    results = []
+    for file, rows in questions.items():
+        prompts = encode(codec, rows, style, loading.context_tokens)
+        with display.step(f"{file.parent.name}/{file.name}") as progress:
+            timed = answered(answerers, prompts, loading.batch_tokens, progress)
+        results.append(compared(f"{file.parent.name}/{file.stem}", prompts, timed, checkpoint))
+    return results
+
+
+def answered(
+    answerers: Mapping[str, Answerer],
+    prompts: Sequence[Prompt],
+    batch_tokens: int | None,
+    progress: Any,
+) -> dict[str, dict[str, Any]]:
+    """Answers, layers and seconds of each. They take turns batch by batch, in an order that goes
+    round, so that what else the machine does meets them alike."""
+    from shortstack.early_exit.batches import batches
+
+    names = list(answerers)
+    device = answerers[names[0]].device
+    parts = list(batches(prompts, device, batch_tokens))
+    found = {name: {"chosen": [0] * len(prompts), "layers": [0] * len(prompts)} for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:  # the first pass of each kind sets libraries up
+        answerers[name].answer_batch(parts[-1])
+    for turn, batch in enumerate(parts):
+        for at in range(len(names)):
+            name = names[(turn + at) % len(names)]
+            begun = time.perf_counter()
+            answers = answerers[name].answer_batch(batch)  # answers on the host: it has waited
+            seconds[name].append(time.perf_counter() - begun)
+            for index, answer in zip(batch.index, answers, strict=True):
+                found[name]["chosen"][index] = answer.chosen
+                found[name]["layers"][index] = answer.n_layers
+        progress(turn + 1, len(parts))
+    return {name: {**found[name], "batch_s": seconds[name]} for name in names}
+
+
+def compared(
+    name: str,
+    prompts: Sequence[Prompt],
+    timed: Mapping[str, Mapping[str, Any]],
+    checkpoint: Checkpoint,
+) -> dict[str, Any]:
+    """Each rule against the whole model on the same rows; intervals are paired bootstraps."""
+    whole = timed["whole model"]
+    right = [prompt.right for prompt in prompts]
+    full_right = [a == b for a, b in zip(whole["chosen"], right, strict=True)]
+    rows = []
+    for rule, found in timed.items():
+        ours = [a == b for a, b in zip(found["chosen"], right, strict=True)]
+        saved = [1 - n / checkpoint.n_layers for n in found["layers"]]
+        entry: dict[str, Any] = {
+            "rule": rule,
+            "accuracy": metrics.wilson(sum(ours), len(ours)).to_dict(),
+            "total_s": sum(found["batch_s"]),
+        }
+        if rule != "whole model":
+            entry |= {
+                "difference": metrics.paired_difference(full_right, ours).to_dict(),
+                "saved": metrics.ratio_of_sums(saved, [1] * len(saved)).to_dict(),
+                "time_saved": time_saved(whole["batch_s"], found["batch_s"]),
+                "same_answer": sum(
+                    a == b for a, b in zip(whole["chosen"], found["chosen"], strict=True)
+                )
+                / len(ours),
+            }
+        rows.append(entry)
+    return {
+        "set": name,
+        "n": len(prompts),
+        "majority": metrics.majority(right),
+        "chance": metrics.chance([len(prompt.answers) for prompt in prompts]),
+        "rules": rows,
+        "answers": {rule: dict(found) for rule, found in timed.items()},
+    }
+
+
+def time_saved(whole_s: Sequence[float], found_s: Sequence[float]) -> dict[str, float]:
+    """1 - Σ seconds / Σ seconds of the whole model over the same batches, bootstrap over them."""
+    import numpy as np
+
+    whole, ours = np.asarray(whole_s), np.asarray(found_s)
+    return metrics.bootstrap(
+        lambda rows: float(1 - ours[rows].sum() / whole[rows].sum()), len(whole)
+    ).to_dict()
