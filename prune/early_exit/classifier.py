@@ -13,23 +13,25 @@ from shortstack.errors import require, unknown
 Floats = NDArray[np.float32]
 SURE = 20.0
 """Score of a check at which all rows fitted to agreed with the whole model (less: none did)."""
+FEW = 16
+"""More features than these (a whole state) are fitted with a stronger penalty."""
 LEAST = 1e-6
 """Features that vary less are constant."""
 
 
-def _logistic() -> Any:
+def _logistic(strength: float) -> Any:
     from sklearn.linear_model import LogisticRegression
 
-    return LogisticRegression(max_iter=1000)
+    return LogisticRegression(C=strength, max_iter=1000)
 
 
-def _svm() -> Any:
+def _svm(strength: float) -> Any:
     from sklearn.svm import LinearSVC
 
-    return LinearSVC(max_iter=10_000)
+    return LinearSVC(C=strength, max_iter=10_000)
 
 
-CLASSIFIERS: dict[str, Callable[[], Any]] = {"logistic": _logistic, "svm": _svm}
+CLASSIFIERS: dict[str, Callable[[float], Any]] = {"logistic": _logistic, "svm": _svm}
 """Name -> a linear classifier of scikit-learn: AdaInfer's are of this kind. A new one: a line."""
 
 
@@ -55,7 +57,8 @@ def _fitted(kind: str, features: Floats, same: NDArray[np.bool_]) -> tuple[Float
     values = features.astype(np.float64)
     mean, scale = values.mean(0), values.std(0)
     scale[scale < LEAST] = 1.0
-    model = CLASSIFIERS[kind]().fit((values - mean) / scale, same)
+    strength = 1.0 if features.shape[1] <= FEW else 1 / features.shape[1]
+    model = CLASSIFIERS[kind](strength).fit((values - mean) / scale, same)
     weights = model.coef_[0] / scale
     return weights.astype(np.float32), float(model.intercept_[0] - mean @ weights)
 

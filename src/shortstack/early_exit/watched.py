@@ -60,23 +60,26 @@ class _FilledError(Exception):
 class _OnlyKeys:
     """A cache that takes what one layer gives it and then ends that layer."""
 
-    def __init__(self, cache: Any) -> None:
-        self._cache = cache
+    def __init__(self, cache: Any, zeros: bool) -> None:
+        self._cache, self._zeros = cache, zeros
 
-    def update(self, *args: Any, **named: Any) -> Any:
-        self._cache.update(*args, **named)
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **named: Any) -> Any:
+        if self._zeros:
+            keys, values = keys * 0, values * 0
+        self._cache.update(keys, values, *args, **named)
         raise _FilledError
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
 
-def fill_cache(run: Run, hidden: Tensor, named: dict[str, Any]) -> None:
+def fill_cache(run: Run, hidden: Tensor, named: dict[str, Any], *, zeros: bool = False) -> None:
     """Put a layer's keys and values of `hidden` into the cache, without attention and MLP.
 
     For a token that left before this layer: CALM's propagation of the state it left with (Schuster
     et al. 2022, arXiv:2207.07061, section 3.2). What comes after the projections of the layer is
-    not computed, whatever the family.
+    not computed, whatever the family. `zeros` keeps zeros in their place.
     """
+    cache = _OnlyKeys(named["past_key_values"], zeros)
     with contextlib.suppress(_FilledError):
-        run(hidden, **{**named, "past_key_values": _OnlyKeys(named["past_key_values"])})
+        run(hidden, **{**named, "past_key_values": cache})
