@@ -8,7 +8,6 @@ goes on from. One sequence at a time.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -173,7 +172,7 @@ def speculate(
     with torch.inference_mode():
         logits = drafter.start(torch.tensor([list(prompt)], device=device))
         tokens = [int(logits.argmax())]
-        held, margin = len(prompt), _margin(logits[None])
+        held, margins = len(prompt), [_margin(logits[None])]
         drafted = accepted = passes = 0
         while len(tokens) < count:
             pending = torch.tensor([[tokens[-1]]], device=device)
@@ -182,12 +181,13 @@ def speculate(
             said, guessed = logits.argmax(-1).tolist(), guess[0].tolist()
             right = _agreed(guessed, said)
             kept = said[: right + 1][: count - len(tokens)]
-            margin = min(margin, _margin(logits[: len(kept)]))
+            margins.append(_margin(logits[: len(kept)]))
             tokens += kept
             held += len(said[: right + 1])
             drafter.keep(held)
             drafted, accepted, passes = drafted + len(guessed), accepted + right, passes + 1
-    return Speculated(tuple(tokens), drafted, accepted, passes, margin)
+        least = float(torch.stack(margins).min())
+    return Speculated(tuple(tokens), drafted, accepted, passes, least)
 
 
 def greedy(model: Any, prompt: Sequence[int], count: int, device: Any) -> tuple[int, ...]:
@@ -210,11 +210,10 @@ def _agreed(guessed: Sequence[int], said: Sequence[int]) -> int:
     return min(len(guessed), len(said))
 
 
-def _margin(logits: Tensor) -> float:
-    if not len(logits):
-        return math.inf
+def _margin(logits: Tensor) -> Tensor:
+    """The smallest lead of a row's highest logit, on its device: asking would wait for it."""
     two = logits.float().topk(2, dim=-1).values
-    return float((two[:, 0] - two[:, 1]).min())
+    return (two[:, 0] - two[:, 1]).min()
 
 
 def _logits(model: Any, ids: Tensor, cache: Any, keep: int = 1) -> Tensor:
