@@ -165,9 +165,9 @@ def measured(
     rules, refused = rules_of(model, prompts, args, args.sha256)
     answerers = {"whole model": Answerer(model)}
     answerers |= {title: Answerer(model, rule) for title, rule in rules.items()}
-    checkpoint = Checkpoint.open(args.folder)
+    n_layers = len(model.get_decoder().layers)
     timed = answered(answerers, prompts["test"], args.batch_tokens, silent)
-    result = compared(name, prompts["test"], timed, checkpoint)
+    result = compared(name, prompts["test"], timed, n_layers)
     result |= {
         "refused": refused,
         "checks": {title: list(rule.layers) for title, rule in rules.items()},
@@ -177,7 +177,7 @@ def measured(
     single = prompts["test"][: args.single_rows]
     if single and args.device != "cpu":
         alone = answered(answerers, single, 1, silent)
-        result["single"] = compared(f"{name}, one by one", single, alone, checkpoint)
+        result["single"] = compared(f"{name}, one by one", single, alone, n_layers)
         del result["single"]["answers"]
     for title, rule in rules.items():
         file = args.out / "rules" / f"{name}.{title.replace(', ', '.')}.safetensors"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,21 +11,13 @@ from torch import Tensor
 from shortstack.early_exit.batches import Batch, batches
 from shortstack.early_exit.checks import Checks, ModelHead
 from shortstack.early_exit.prompts import Prompt
-from shortstack.early_exit.rule import PROBE, Rule
+from shortstack.early_exit.rule import PROBE, Answer, Rule
 from shortstack.early_exit.watched import Run, watched
 from shortstack.errors import ShortstackError
 from shortstack.progress import OnProgress, silent
 
 OF_ROWS = ("attention_mask", "position_ids", "position_embeddings")
 """What a decoder gives its layers that may have a row for each sequence."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The number of the answer, and how many layers were run for it."""
-
-    chosen: int
-    n_layers: int
 
 
 class Answerer:

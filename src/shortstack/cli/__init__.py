@@ -211,6 +211,7 @@ app.command()(cli_packed.catalogue)
 app.command()(cli_heal.streamline)
 exits = typer.Typer(help="Exits before the last layer.", no_args_is_help=True)
 exits.command()(cli_early_exit.fit)
+exits.command()(cli_early_exit.split)
 app.add_typer(exits, name="exits")
 app.command("lm-eval", context_settings=cli_lm_eval.SETTINGS)(cli_lm_eval.lm_eval)
 

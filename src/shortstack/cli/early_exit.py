@@ -12,6 +12,7 @@ from shortstack.cli.evaluate import BatchTokens, Context, Device, Dtype
 from shortstack.cli.shared import (
     JsonOption,
     Model,
+    Out,
     QuietOption,
     answer,
     naming_options,
@@ -77,6 +78,23 @@ def fit(
             seed=seed,
             display=terminal.display(quiet or as_json),
         )
+    answer(result, as_json, lambda: terminal.print_facts(result, quiet))
+
+
+@user_errors
+def split(
+    export: Annotated[Path, typer.Argument(help="The folder of an export to ONNX.")],
+    early_exit: Annotated[Path, typer.Option(help="An early exit with a probe, from exits fit.")],
+    out: Out,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Cut an ONNX export where an early exit checks, for onnxruntime."""
+    from shortstack import terminal
+    from shortstack.commands import early_exit as commands
+
+    show = terminal.display(quiet or as_json)
+    result = commands.split_export(export, early_exit, out, display=show)
     answer(result, as_json, lambda: terminal.print_facts(result, quiet))
 
 

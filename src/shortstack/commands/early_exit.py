@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.commands.stages import opened
@@ -20,23 +21,44 @@ from shortstack.early_exit.prompts import (
     without_examples,
 )
 from shortstack.early_exit.rule_file import SUFFIX, check_model, read_rule, write_rule
+from shortstack.early_exit.segments import SEGMENTS
 from shortstack.errors import ShortstackError, require
 from shortstack.evaluate import metrics
 from shortstack.evaluate.codec import FolderCodec
 from shortstack.evaluate.subsets import subset
 from shortstack.families import context_tokens
-from shortstack.manifest import write_text
+from shortstack.manifest import (
+    MANIFEST,
+    check_apart,
+    check_ours,
+    staged,
+    step_key,
+    write_manifest,
+    write_text,
+)
 from shortstack.progress import Display
 from shortstack.questions import Question, open_questions, refuse_leaks
 
 if TYPE_CHECKING:
-    from shortstack.early_exit.rule import Rule
+    from shortstack.early_exit.batches import Batch
+    from shortstack.early_exit.rule import Answer, Rule
     from shortstack.evaluate.targets import Loading
     from shortstack.prune.early_exit.fit import Settings
-    from shortstack.runtimes.pytorch_early_exit import Answerer
 
 VALIDATION_SHARE = 1 / 3
+WHOLE, OURS = "whole model", "early exit"
 RULES = {"top": "fixed threshold", "depth": "always after the same layers"}
+
+
+class Answering(Protocol):
+    """A model that answers prompts, in whichever runtime."""
+
+    n_layers: int
+
+    @property
+    def device(self) -> Any: ...
+
+    def answer_batch(self, batch: Batch) -> list[Answer]: ...
 
 
 def fit_exit(
@@ -193,17 +215,17 @@ def evaluate_exit(
     from shortstack import early_exit_report
     from shortstack.evaluate.torch_scorer import check_loading
 
-    rules = {"early exit": read_rule(classifier)}
+    rules = {OURS: read_rule(classifier)}
     for name, title in RULES.items():
         if beside(classifier, name).is_file():
             rules[title] = read_rule(beside(classifier, name))
     questions = {file: subset(open_questions(file), limit, seed) for file in files}
     check_loading(loading.device, loading.dtype)
     _check_folder(out)
-    with opened(model, out, display) as checkpoint:
-        for rule in rules.values():
-            check_model(rule, checkpoint.sha256, model)
-        results = _evaluated(checkpoint, questions, rules, loading, display)
+    if (Path(model) / SEGMENTS).is_file():
+        results = _evaluated_onnx(Path(model), questions, rules, loading, display)
+    else:
+        results = _evaluated_here(model, out, questions, rules, loading, display)
     data = {"schema": 1, "model": model, "classifier": str(classifier), "seed": seed}
     data |= {"device": loading.device, "dtype": loading.dtype, "results": results}
     out.mkdir(parents=True, exist_ok=True)
@@ -212,14 +234,42 @@ def evaluate_exit(
     return {**data, "folder": str(out)}
 
 
+def split_export(export: Path, classifier: Path, out: Path, *, display: Display) -> dict[str, Any]:
+    """Cut the ONNX export in the folder `export` where `classifier` checks; `out` becomes a folder
+    that `shortstack eval --early-exit` runs in onnxruntime."""
+    require(("onnx_ir", "onnxruntime"), "onnx", "splitting an ONNX export")
+    from shortstack.commands.stages import open_artifact
+    from shortstack.export.onnx_split import split
+
+    check_ours(out, "split")
+    check_apart(out, [export, classifier])
+    rule = read_rule(classifier)
+    artifact = open_artifact(export)
+    if artifact.format != "onnx":
+        raise ShortstackError(
+            f"{export} is an export to {artifact.format}: only ONNX graphs can be split. "
+            "GGUF has no early exit; cut a copy of fixed depth with shortstack prune."
+        )
+    check_model(rule, artifact.source_sha256, str(export))
+    key = step_key("split", {"artifact": artifact.sha256, "layers": rule.layers})
+    with display.step("Split the graph"), staged(out, "split") as partial:
+        made = split(artifact.path, rule.layers, partial, artifact.source_sha256)
+        for file in artifact.path.iterdir():
+            if file.suffix in (".json", ".jinja") and file.name != MANIFEST:
+                shutil.copyfile(file, partial / file.name)
+        write_manifest(partial, "split", key, {"split": {"layers": list(rule.layers)}})
+    return {"folder": str(out), "graphs": len(made.segments), "cuts": list(made.cuts)}
+
+
 def _check_folder(out: Path) -> None:
     present = {file.name for file in out.iterdir()} if out.is_dir() else set()
     if out.is_file() or present - {"early_exit.json", "early_exit.md"}:
         raise ShortstackError(f"{out} holds other things. Choose another -o.")
 
 
-def _evaluated(
-    checkpoint: Checkpoint,
+def _evaluated_here(
+    model: str,
+    out: Path,
     questions: Mapping[Path, Sequence[Question]],
     rules: Mapping[str, Rule],
     loading: Loading,
@@ -227,22 +277,61 @@ def _evaluated(
 ) -> list[dict[str, Any]]:
     from shortstack.runtimes.pytorch_early_exit import Answerer
 
-    model, codec = _model(checkpoint, loading), FolderCodec(checkpoint.path)
-    first = next(iter(rules.values()))
-    style = Style(**first.facts["style"])
-    answerers = {"whole model": Answerer(model)}
-    answerers |= {name: Answerer(model, rule) for name, rule in rules.items()}
+    with opened(model, out, display) as checkpoint:
+        for rule in rules.values():
+            check_model(rule, checkpoint.sha256, model)
+        loaded, codec = _model(checkpoint, loading), FolderCodec(checkpoint.path)
+        answerers: dict[str, Answering] = {WHOLE: Answerer(loaded)}
+        answerers |= {name: Answerer(loaded, rule) for name, rule in rules.items()}
+        return _evaluated(answerers, codec, questions, rules, loading, display)
+
+
+def _evaluated_onnx(
+    folder: Path,
+    questions: Mapping[Path, Sequence[Question]],
+    rules: Mapping[str, Rule],
+    loading: Loading,
+    display: Display,
+) -> list[dict[str, Any]]:
+    """Of rules that check where the graphs are cut; others were fitted for other cuts."""
+    from shortstack.early_exit.segments import read_segments
+    from shortstack.runtimes.ort_early_exit import OrtAnswerer
+
+    found = read_segments(folder)
+    for rule in rules.values():
+        check_model(rule, found.source_sha256, str(folder))
+    fitting = {
+        name: rule
+        for name, rule in rules.items()
+        if name == OURS or set(rule.layers) <= set(found.cuts)
+    }
+    answerers: dict[str, Answering] = {WHOLE: OrtAnswerer(folder, threads=loading.threads)}
+    answerers |= {
+        name: OrtAnswerer(folder, rule, threads=loading.threads) for name, rule in fitting.items()
+    }
+    return _evaluated(answerers, FolderCodec(folder), questions, fitting, loading, display)
+
+
+def _evaluated(
+    answerers: Mapping[str, Answering],
+    codec: FolderCodec,
+    questions: Mapping[Path, Sequence[Question]],
+    rules: Mapping[str, Rule],
+    loading: Loading,
+    display: Display,
+) -> list[dict[str, Any]]:
+    style, n_layers = Style(**rules[OURS].facts["style"]), answerers[WHOLE].n_layers
     results = []
     for file, rows in questions.items():
         prompts = encode(codec, rows, style, loading.context_tokens)
         with display.step(f"{file.parent.name}/{file.name}") as progress:
             timed = answered(answerers, prompts, loading.batch_tokens, progress)
-        results.append(compared(f"{file.parent.name}/{file.stem}", prompts, timed, checkpoint))
+        results.append(compared(f"{file.parent.name}/{file.stem}", prompts, timed, n_layers))
     return results
 
 
 def answered(
-    answerers: Mapping[str, Answerer],
+    answerers: Mapping[str, Answering],
     prompts: Sequence[Prompt],
     batch_tokens: int | None,
     progress: Any,
@@ -275,22 +364,22 @@ def compared(
     name: str,
     prompts: Sequence[Prompt],
     timed: Mapping[str, Mapping[str, Any]],
-    checkpoint: Checkpoint,
+    n_layers: int,
 ) -> dict[str, Any]:
     """Each rule against the whole model on the same rows; intervals are paired bootstraps."""
-    whole = timed["whole model"]
+    whole = timed[WHOLE]
     right = [prompt.right for prompt in prompts]
     full_right = [a == b for a, b in zip(whole["chosen"], right, strict=True)]
     rows = []
     for rule, found in timed.items():
         ours = [a == b for a, b in zip(found["chosen"], right, strict=True)]
-        saved = [1 - n / checkpoint.n_layers for n in found["layers"]]
+        saved = [1 - n / n_layers for n in found["layers"]]
         entry: dict[str, Any] = {
             "rule": rule,
             "accuracy": metrics.wilson(sum(ours), len(ours)).to_dict(),
             "total_s": sum(found["batch_s"]),
         }
-        if rule != "whole model":
+        if rule != WHOLE:
             entry |= {
                 "difference": metrics.paired_difference(full_right, ours).to_dict(),
                 "saved": metrics.ratio_of_sums(saved, [1] * len(saved)).to_dict(),

@@ -30,6 +30,14 @@ CHECKS = {
 
 
 @dataclass(frozen=True)
+class Answer:
+    """The number of the answer, and how many layers were run for it."""
+
+    chosen: int
+    n_layers: int
+
+
+@dataclass(frozen=True)
 class Rule:
     """`layers`: how many layers are run before each check, rising; every array's first axis.
 
