@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from shortstack import early_exit_report
 from shortstack.checkpoint import Checkpoint
-from shortstack.commands.early_exit import answered, compared
+from shortstack.commands.early_exit_eval import answered, compared
 from shortstack.early_exit.batches import batches
 from shortstack.early_exit.prompts import Prompt, Style, choose_style, encode
 from shortstack.early_exit.rule import ANSWERS, PROBE, VOCABULARY, Rule

@@ -112,7 +112,7 @@ def evaluate_early_exit(
 ) -> None:
     """What `shortstack eval --early-exit` does in the place of the usual scores."""
     from shortstack import early_exit_report, terminal
-    from shortstack.commands import early_exit as commands
+    from shortstack.commands import early_exit_eval as commands
 
     if len(models) != 1:
         raise ShortstackError("--early-exit is of one model. Name that alone.")
