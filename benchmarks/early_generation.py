@@ -22,6 +22,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +118,12 @@ def text_rule(model: Any, codec: FolderCodec, args: argparse.Namespace, changed:
     own = [*texts(args.data, "general/tinyshakespeare", "train")[:20], *articles[:half]]
     n_layers = len(model.get_decoder().layers)
     layers = tuple(range(args.first, n_layers, args.every))
-    found = [
+    fit, validation = (
         token_states(model, windows(codec, part, WINDOW_TOKENS, args.fit_windows), layers)
         for part in (own, articles[half:])
-    ]
+    )
     sha256 = Checkpoint.open(args.model).sha256
-    return fit_tokens(model, *found, layers, max_changed=changed, model_sha256=sha256)
+    return fit_tokens(model, fit, validation, layers, max_changed=changed, model_sha256=sha256)
 
 
 def exit_part(model: Any, codec: FolderCodec, args: argparse.Namespace) -> dict[str, Any]:
@@ -282,9 +283,7 @@ def speculate_part(model: Any, codec: FolderCodec, args: argparse.Namespace) -> 
         print(f"{title}: agreement {choice.agreement:.3f}", flush=True)
         drafters[title] = SkipDrafter(model, choice.skip)
     if args.exits:
-        from shortstack.exits.model import open_exits
-
-        exits = open_exits(args.exits, model)
+        exits = import_module("shortstack.exits.model").open_exits(args.exits, model)
         drafters |= {
             f"exit after {depth} layers": ExitDrafter(exits, depth) for depth in exits.depths[:-1]
         }

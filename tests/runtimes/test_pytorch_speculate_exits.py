@@ -1,4 +1,4 @@
-"""Drafts through an exit of `shortstack exits train`: the whole model's tokens, fewer layers run."""
+"""Drafts through an exit of shortstack exits train: the whole model's tokens, fewer layers run."""
 
 from __future__ import annotations
 
