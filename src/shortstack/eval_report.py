@@ -106,10 +106,7 @@ AGAINST: dict[str, dict[str, Any]] = {
 def markdown(data: Mapping[str, Any]) -> str:
     """eval.md: one table a set, and how the numbers were made."""
     lines = ["# Evaluation", ""]
-    for table in tables(data):
-        lines += [f"## {table.title}", "", _line(table.columns)]
-        lines.append(_line(["---", *("---:" for _ in table.columns[1:])]))
-        lines += [_line(row) for row in table.rows] + [""]
+    lines += as_markdown(tables(data))
     lines += ["## Models", "", _line(("model", "runtime", "layers", "MB", "sha256"))]
     lines.append(_line(["---"] * 5))
     for model in data["models"]:
@@ -125,6 +122,16 @@ def markdown(data: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def as_markdown(found: Sequence[Table]) -> list[str]:
+    """Lines of Markdown: a heading and a table each."""
+    lines = []
+    for table in found:
+        lines += [f"## {table.title}", "", _line(table.columns)]
+        lines.append(_line(["---", *("---:" for _ in table.columns[1:])]))
+        lines += [_line(row) for row in table.rows] + [""]
+    return lines
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ import typer
 
 from shortstack import __version__
 from shortstack.cli import bench as cli_bench
+from shortstack.cli import early_exit as cli_early_exit
 from shortstack.cli import evaluate as cli_eval
 from shortstack.cli import exits as cli_exits
 from shortstack.cli import heal as cli_heal
@@ -214,6 +215,10 @@ app.command()(cli_trim.trim)
 app.command()(cli_packed.unpack)
 app.command()(cli_packed.catalogue)
 app.command()(cli_heal.streamline)
+exits = typer.Typer(help="Exits before the last layer.", no_args_is_help=True)
+exits.command()(cli_early_exit.fit)
+exits.command()(cli_early_exit.split)
+app.add_typer(exits, name="exits")
 app.command("lm-eval", context_settings=cli_lm_eval.SETTINGS)(cli_lm_eval.lm_eval)
 
 

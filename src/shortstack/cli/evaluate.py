@@ -63,6 +63,9 @@ def evaluate(
     dtype: Dtype = "float32",
     batch_tokens: BatchTokens = None,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
+    early_exit: Annotated[
+        Path | None, typer.Option(help="An early exit, from exits fit: layers and time saved.")
+    ] = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -76,6 +79,22 @@ def evaluate(
     files = {"choice": choice, "text": text, "generation": generate}
     wanted = listed(files, sets, limit, window_tokens)
     loading = Loading(context, threads or usable_cores(), device, dtype, batch_tokens)
+    if early_exit is not None:
+        from shortstack.cli.early_exit import evaluate_early_exit
+
+        asked = [spec.path for spec in wanted if spec.kind == "choice"]
+        evaluate_early_exit(
+            models,
+            asked,
+            early_exit,
+            loading,
+            out,
+            limit=limit,
+            seed=seed,
+            quiet=quiet,
+            as_json=as_json,
+        )
+        return
     show = terminal.display(quiet or as_json)
     result = eval_commands.evaluate(
         models, against, wanted, loading, out, show, seed=seed, runtime=runtime, tokenizer=tokenizer

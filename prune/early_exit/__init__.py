@@ -1,0 +1,1 @@
+"""Fit early exits: states, classifiers, thresholds (AdaInfer, arXiv:2403.02181)."""

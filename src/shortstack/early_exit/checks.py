@@ -1,0 +1,120 @@
+"""A rule on a model's device: of hidden states at one depth, who leaves, and with what answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from shortstack.early_exit.numbers import probability_features, scores, unit
+from shortstack.early_exit.rule import ANSWERS, PROBE, STATE, VOCABULARY, Rule
+
+NOT_ONE = -1
+"""Fills up rows of answers that have fewer than others."""
+
+
+class ModelHead:
+    """The last norm and the head of a transformers model, whole or by rows."""
+
+    def __init__(self, model: Any) -> None:
+        self._norm = model.get_decoder().norm
+        output, config = model.get_output_embeddings(), model.config.get_text_config()
+        self._weight, self._bias = output.weight, output.bias
+        self._scale = 1 / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+        self._cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        self.device, self.dtype = output.weight.device, output.weight.dtype
+
+    def normed(self, states: Tensor) -> Tensor:
+        made: Tensor = self._norm(states)
+        return made
+
+    def rows(self, answers: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Weights, biases and absence of `answers`, shape (rows, most); one row for all rows where
+        they are alike."""
+        if bool((answers == answers[:1]).all()):
+            answers = answers[:1]
+        absent = answers == NOT_ONE
+        ids = answers.clamp(min=0)
+        return self._weight[ids], None if self._bias is None else self._bias[ids], absent
+
+    def answer_logits(self, normed: Tensor, rows: tuple[Tensor, Tensor | None, Tensor]) -> Tensor:
+        """Logits of each row's own answers, shape (rows, most), float32; -inf where it has none."""
+        weight, bias, absent = rows
+        if len(weight) == 1:
+            logits = functional.linear(normed, weight[0], None if bias is None else bias[0])
+        else:
+            logits = torch.einsum("rd,rad->ra", normed, weight)
+            logits = logits if bias is None else logits + bias
+        return self._shaped(logits).masked_fill(absent, -torch.inf)
+
+    def logits(self, normed: Tensor) -> Tensor:
+        return self._shaped(functional.linear(normed, self._weight, self._bias))
+
+    def _shaped(self, logits: Tensor) -> Tensor:
+        logits = logits.float() * self._scale if self._scale != 1 else logits.float()
+        return (logits / self._cap).tanh() * self._cap if self._cap else logits
+
+
+class Checks:
+    """The arrays of a rule where the model is."""
+
+    def __init__(self, rule: Rule, head: ModelHead) -> None:
+        self.rule, self.head = rule, head
+        self.threshold = rule.threshold
+        self._weights = _there(rule.weights, head)
+        self._bias = _there(rule.bias, head)
+        self._probe = None if rule.probe is None else _there(rule.probe, head)
+        self._probe_bias = None if rule.probe_bias is None else _there(rule.probe_bias, head)
+
+    def of_answers(
+        self, check: int, states: Tensor, rows: tuple[Tensor, Tensor | None, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """(scores, numbers of the likeliest answers) of states (rows, width), both (rows,)."""
+        logits, features = self.answer_features(check, states, rows)
+        return self._scored(check, features), logits.argmax(-1)
+
+    def answer_features(
+        self, check: int, states: Tensor, rows: tuple[Tensor, Tensor | None, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        if self.rule.check == PROBE:
+            assert self._probe is not None
+            assert self._probe_bias is not None
+            logits = functional.linear(unit(states), self._probe[check], self._probe_bias[check])
+            return logits, probability_features(logits)
+        normed = self.head.normed(states)
+        logits = self.head.answer_logits(normed, rows)
+        if self.rule.check == ANSWERS:
+            return logits, probability_features(logits)
+        return logits, self._token_features(states, normed)
+
+    def _token_features(self, states: Tensor, normed: Tensor | None = None) -> Tensor:
+        if self.rule.check == STATE:
+            return unit(states)
+        normed = self.head.normed(states) if normed is None else normed
+        return probability_features(self.head.logits(normed))
+
+    def of_tokens(self, check: int, states: Tensor) -> Tensor:
+        """Scores of states (rows, width) whose next token may be any, shape (rows,)."""
+        return self._scored(check, self._token_features(states))
+
+    def _scored(self, check: int, features: Tensor) -> Tensor:
+        return scores(features, self._weights[check], self._bias[check])
+
+
+FOR_TOKENS = (STATE, VOCABULARY)
+"""Checks that need no list of answers."""
+
+
+def _there(array: Any, head: ModelHead) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(head.device)
+
+
+def padded_answers(answers: Sequence[Sequence[int]], device: Any) -> Tensor:
+    """Ids of answers as a tensor (rows, most), filled up with NOT_ONE."""
+    most = max(map(len, answers))
+    filled = [[*row, *[NOT_ONE] * (most - len(row))] for row in answers]
+    return torch.tensor(filled, device=device)

@@ -1,0 +1,201 @@
+"""`shortstack exits fit` and `shortstack eval --early-exit`, and files that were tampered with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from tests.test_trim_command import write
+from tests.trimming import made_up
+
+from shortstack.cli import main
+from shortstack.early_exit.prompts import LETTERS, WORDS, Style, choose_style, encode, with_examples
+from shortstack.early_exit.rule import Rule
+from shortstack.early_exit.rule_file import read_rule, write_rule
+from shortstack.errors import ShortstackError
+from shortstack.evaluate.codec import FolderCodec
+from shortstack.questions import Question
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture
+def fit_command(tiny: Path, tmp_path: Path) -> list[str]:
+    rows = write(tmp_path / "tune.jsonl", made_up(72))
+    out = str(tmp_path / "exit.safetensors")
+    return [
+        *("exits", "fit", str(tiny), "--tune", rows, "-o", out, "--every", "1", "--first", "1"),
+        *("--max-accuracy-loss", "0.1", "--json"),
+    ]
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> Any:
+    return json.loads(capsys.readouterr().out)
+
+
+def test_from_questions_to_layers_saved(
+    tiny: Path, tmp_path: Path, fit_command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(fit_command) == 0
+    fitted = said(capsys)
+    assert fitted["rows"] == {"tune": 48, "validation": 24}
+    assert fitted["validation"]["loss"] <= 0.1
+    test = write(tmp_path / "test.jsonl", made_up(24, seed=9))
+    out = tmp_path / "out"
+    command = ["eval", str(tiny), "--choice", test, "-o", str(out)]
+    assert main([*command, "--early-exit", fitted["classifier"], "--json"]) == 0
+    (result,) = said(capsys)["results"]
+    assert result["n"] == 24
+    rules = {entry["rule"]: entry for entry in result["rules"]}
+    assert "early exit" in rules
+    assert "fixed threshold" in rules
+    layers = result["answers"]["early exit"]["layers"]
+    assert rules["early exit"]["saved"]["estimate"] == pytest.approx(1 - sum(layers) / 6 / 24)
+    assert (out / "early_exit.md").read_text().count("| early exit |") == 1
+    assert main(fit_command) == 0  # an early exit is replaced
+
+
+def test_another_model_is_refused(
+    tiny: Path, tmp_path: Path, fit_command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(fit_command) == 0
+    other = tmp_path / "other"
+    shutil.copytree(tiny, other)
+    config = json.loads((other / "config.json").read_text())
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 5000.0
+    (other / "config.json").write_text(json.dumps(config))
+    command = ["eval", str(other), "--choice", fit_command[4], "-o", str(tmp_path / "out")]
+    assert main([*command, "--early-exit", str(tmp_path / "exit.safetensors")]) == 2
+    assert "was fitted to another model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def a_rule() -> Rule:
+    return Rule(
+        layers=(2, 4),
+        check="answers",
+        weights=np.ones((2, 3), np.float32),
+        bias=np.zeros(2, np.float32),
+        threshold=1.5,
+        model_sha256="ab" * 32,
+        n_layers=6,
+        facts={"rows": 3},
+    )
+
+
+def test_a_rule_comes_back_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "rule.safetensors"
+    write_rule(a_rule(), file)
+    found = read_rule(file)
+    assert (found.layers, found.threshold, found.facts) == ((2, 4), 1.5, {"rows": 3})
+    assert np.array_equal(found.weights, a_rule().weights)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def edited(file: Path, **changes: str) -> None:
+    with safe_open(file, framework="np") as opened:
+        arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no dict
+        told = dict(opened.metadata())
+    if "weights" in changes:
+        arrays["weights"] = arrays["weights"] * 2
+        del changes["weights"]
+    for old, new in changes.items():
+        told["facts"] = told["facts"].replace(old, new)
+    save_file(arrays, file, told)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"weights": "twice"}, "was changed after it was written"),
+        ({'"threshold": 1.5': '"threshold": 0.5'}, "was changed after it was written"),
+        ({'"schema": 1': '"schema": 7'}, "of schema 7, this shortstack reads 1"),
+        ({'"schema"': '"scheme"'}, "does not say what it holds"),
+    ],
+)
+def test_an_edited_file_is_refused(tmp_path: Path, changes: dict[str, str], words: str) -> None:
+    file = tmp_path / "rule.safetensors"
+    write_rule(a_rule(), file)
+    edited(file, **changes)
+    with pytest.raises(ShortstackError, match=words):
+        read_rule(file)
+
+
+def test_files_that_are_no_rules_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ShortstackError, match="no file"):
+        read_rule(tmp_path / "absent.safetensors")
+    (tmp_path / "text.safetensors").write_text("words")
+    with pytest.raises(ShortstackError, match="cannot be read"):
+        read_rule(tmp_path / "text.safetensors")
+    save_file({"weights": np.ones(3, np.float32)}, tmp_path / "other.safetensors")
+    with pytest.raises(ShortstackError, match="no early exit of shortstack"):
+        read_rule(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers": (4, 2)}, "rising"),
+        ({"layers": (2, 6)}, "after 6 of 6 layers is none"),
+        ({"layers": (2,)}, "weights have the shape"),
+        ({"check": "probe"}, "probe have the shape None"),
+    ],
+)
+def test_rules_that_cannot_be_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ShortstackError, match=words):
+        Rule(**{**vars(a_rule()), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--max-accuracy-loss", "1.5"], "--max-accuracy-loss must be from 0"),
+        (["--check", "guess"], "--check is 'guess'"),
+        (["-o", "exit.json"], "must end in .safetensors"),
+        (["--shots", "900"], "900 examples are asked for"),
+    ],
+)
+def test_a_fit_that_cannot_be_is_refused(
+    fit_command: list[str],
+    changes: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*fit_command, *changes]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_two_models_have_no_one_early_exit(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write(tmp_path / "test.jsonl", made_up(4))
+    command = ["eval", str(tiny), str(tiny), "--choice", rows, "-o", str(tmp_path / "out")]
+    assert main([*command, "--early-exit", str(tmp_path / "x.safetensors")]) == 2
+    assert "--early-exit is of one model" in capsys.readouterr().err
+
+
+ALIKE = Question("1", "Which?", ("the cat", "the dog"), 0)
+
+
+def test_answers_that_begin_alike_become_letters(tiny: Path) -> None:
+    codec = FolderCodec(tiny)
+    assert choose_style(codec, made_up(2)) == WORDS
+    assert choose_style(codec, [ALIKE]) == LETTERS
+    with pytest.raises(ShortstackError, match="begin with the same token"):
+        choose_style(codec, [ALIKE], WORDS)
+    (prompt,) = encode(codec, [ALIKE], Style(LETTERS), 64)
+    text = codec.decode(list(prompt.tokens))
+    assert text.endswith("Question: Which?\nA. the cat\nB. the dog\nAnswer:")
+    assert prompt.words == ("A", "B")
+
+
+def test_examples_show_every_answer(tiny: Path) -> None:
+    style = with_examples(WORDS, made_up(40), 4, seed=1)
+    assert style.examples.count("Answer: yes") == style.examples.count("Answer: no") == 2
+    assert style.examples.endswith("\n\n")
