@@ -53,8 +53,8 @@ def main() -> None:
     checkpoint = open_model(str(asked.model), asked.model)
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     with torch.no_grad():
-        for matrix in projections(checkpoint, asked):
-            for form, gains in gains_of(*matrix, asked.bits).items():
+        for weights, gram, peaks in projections(checkpoint, asked):
+            for form, gains in gains_of(weights, gram, peaks, asked.bits).items():
                 found[form].append(gains)
     print("| form | more bits, coder of rows | more bits, groups of columns | matrices |")
     print("|---|---:|---:|---:|")

@@ -54,7 +54,7 @@ class Setting:
             dtype=self.dtype,
             workers=self.workers,
             cuda_graph=self.cuda_graph,
-            **options,
+            **options,  # type: ignore[arg-type]  # words, checked by capabilities
         )
 
     def open_forms(self, base: PlanFile, forms: Mapping[str, str]) -> Any:

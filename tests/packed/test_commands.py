@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,9 +153,10 @@ def test_a_packed_file_is_a_model_to_export_to_measure_and_to_evaluate(
     few = ["--prompt-tokens", "8", "--decode-tokens", "4", "--repeats", "1", "--no-ceilings"]
     run(capsys, "bench", file, *few, *out, "--dry-run")
     place = str(tmp_path / "packed")
-    (measured,) = run(capsys, "bench", place, *few, *out, "--memory-repeats", "0")["measurements"]
+    told: Any = run(capsys, "bench", place, *few, *out, "--memory-repeats", "0")
+    (measured,) = told["measurements"]
     assert (measured["runtime"], measured["failed"]) == ("pytorch-packed", False)
     assert measured["kv_bytes_per_token"]
     given = ["--text", text, "--window-tokens", "32", "--limit", "2"]
-    made = run(capsys, "eval", file, *given, "-o", str(tmp_path / "eval"))
+    made: Any = run(capsys, "eval", file, *given, "-o", str(tmp_path / "eval"))
     assert made["models"][0]["runtime"] == "pytorch-packed"

@@ -205,6 +205,8 @@ def doctor(as_json: JsonOption = False) -> None:
 
 
 app.command()(cli_bench.bench)
+cli_exits.app.command()(cli_early_exit.fit)
+cli_exits.app.command()(cli_early_exit.split)
 app.add_typer(cli_exits.app, name="exits")
 app.command()(cli_heal.heal)
 app.command("eval")(cli_eval.evaluate)
@@ -215,10 +217,6 @@ app.command()(cli_trim.trim)
 app.command()(cli_packed.unpack)
 app.command()(cli_packed.catalogue)
 app.command()(cli_heal.streamline)
-exits = typer.Typer(help="Exits before the last layer.", no_args_is_help=True)
-exits.command()(cli_early_exit.fit)
-exits.command()(cli_early_exit.split)
-app.add_typer(exits, name="exits")
 app.command("lm-eval", context_settings=cli_lm_eval.SETTINGS)(cli_lm_eval.lm_eval)
 
 
