@@ -146,7 +146,8 @@ def open_session(
     slowdown = None if max_slowdown == NONE else float(max_slowdown)
     chosen = None if plan == NONE else read_plan(Path(plan))
     if budget is not None or slowdown is not None:
-        from shortstack.runtimes.packed.fit import Setting, fit
+        from shortstack.runtimes.packed.fit import fit
+        from shortstack.runtimes.packed.measuring import Setting
 
         _check_alone(form, head, plan)
         setting = Setting(path, threads, device, dtype, workers, cuda_graph)
