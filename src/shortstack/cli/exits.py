@@ -23,7 +23,7 @@ from shortstack.cli.heal import (
 from shortstack.cli.shared import JsonOption, Out, QuietOption, answer, naming_options, user_errors
 
 app = typer.Typer(
-    help="Exits before the last layer: trained beside a frozen model (Balcony), or fitted (AdaInfer).",
+    help="Leave a model before its last layer: trained exits (Balcony), fitted rules (AdaInfer).",
     no_args_is_help=True,
 )
 Folder = Annotated[str, typer.Argument(help="A folder of exits, or a model's that holds them.")]
