@@ -85,11 +85,14 @@ def scored(asked: argparse.Namespace, models: Sequence[Path]) -> dict[str, dict[
     words += [word for text in asked.text for word in ("--text", text)]
     shortstack("eval", *words, *(("--limit", asked.limit) if asked.limit else ()))
     told = json.loads((out / "eval.json").read_text(encoding="utf-8"))
-    places = {one["label"]: one["path"] for one in told["models"]}
+    # the record holds names alone; models stand in it as they were given, the original first
+    places = {
+        one["label"]: str(place)
+        for one, place in zip(told["models"], (asked.model, *models), strict=True)
+    }
     found: dict[str, dict[str, Any]] = {one["name"]: {} for one in told["sets"]}
     for result in told["results"]:
-        place = places.get(result["model"], str(asked.model))
-        found[result["set"]][place] = result["summary"]["perplexity"]
+        found[result["set"]][places[result["model"]]] = result["summary"]["perplexity"]
     return found
 
 
