@@ -59,7 +59,7 @@ def silent(done: int, total: int) -> None:
 def rows_of(file: Path) -> list[dict[str, Any]]:
     packed = file.with_name(f"{file.name}.gz")
     content = gzip.decompress(packed.read_bytes()) if packed.is_file() else file.read_bytes()
-    return [json.loads(line) for line in content.decode("utf-8").splitlines()]
+    return [json.loads(line) for line in content.split(b"\n") if line]
 
 
 def text_of(row: dict[str, Any]) -> str:
