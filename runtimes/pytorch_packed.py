@@ -60,7 +60,7 @@ class Packed:
             self.scratch = Scratch()
             place = Place(kind, device, self.ring, self.scratch)
             self.matrices = fill(model, resident, slots, forms, place)
-        _return_memory()
+        return_memory()
         return model, self._facts(model, forms)
 
     def _facts(self, model: Any, forms: dict[str, str]) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class PackedSession(Running, PyTorchSession):
     """A packed file open in PyTorch."""
 
 
-def _return_memory() -> None:
+def return_memory() -> None:
     """Give back what loading freed: glibc keeps freed memory, which would count as the model's."""
     try:
         ctypes.CDLL(None).malloc_trim(0)

@@ -104,12 +104,16 @@ def int4_on_cpu(x: Tensor, packed: Tensor, rows: int) -> Tensor:
     return made
 
 
-@functools.cache
+_units: dict[torch.dtype, Tensor] = {}
+
+
 def _unit_scales(groups: int, rows: int, dtype: torch.dtype) -> Tensor:
-    """Scale 1 and zero point 0 of every group of every row."""
-    made = torch.zeros(groups, rows, 2, dtype=dtype)
-    made[..., 0] = 1
-    return made
+    """Scale 1 and zero point 0 of every group of every row: the same numbers whatever the shape, so
+    that all matrices share the longest."""
+    n = groups * rows
+    if dtype not in _units or len(_units[dtype]) < n:
+        _units[dtype] = torch.tensor([1, 0], dtype=dtype).repeat(n, 1)
+    return _units[dtype][:n].view(groups, rows, 2)
 
 
 @functools.cache

@@ -42,7 +42,7 @@ class Setting:
     def kind(self) -> str:
         return self.device.partition(":")[0]
 
-    def open(self, **options: str) -> Any:
+    def open(self, **options: Any) -> Any:
         from shortstack.runtimes.pytorch_packed import open_session
 
         return open_session(

@@ -153,8 +153,8 @@ def test_a_packed_file_is_a_model_to_export_to_measure_and_to_evaluate(
     few = ["--prompt-tokens", "8", "--decode-tokens", "4", "--repeats", "1", "--no-ceilings"]
     run(capsys, "bench", file, *few, *out, "--dry-run")
     place = str(tmp_path / "packed")
-    told: Any = run(capsys, "bench", place, *few, *out, "--memory-repeats", "0")
-    (measured,) = told["measurements"]
+    made: Any = run(capsys, "bench", place, *few, *out, "--memory-repeats", "0")
+    (measured,) = made["measurements"]
     assert (measured["runtime"], measured["failed"]) == ("pytorch-packed", False)
     assert measured["kv_bytes_per_token"]
     given = ["--text", text, "--window-tokens", "32", "--limit", "2"]

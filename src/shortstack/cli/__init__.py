@@ -15,6 +15,7 @@ from shortstack.cli import bench as cli_bench
 from shortstack.cli import early_exit as cli_early_exit
 from shortstack.cli import evaluate as cli_eval
 from shortstack.cli import exits as cli_exits
+from shortstack.cli import fit_packed as cli_fit_packed
 from shortstack.cli import heal as cli_heal
 from shortstack.cli import lm_eval as cli_lm_eval
 from shortstack.cli import packed as cli_packed
@@ -216,6 +217,7 @@ app.command()(cli_report.report)
 app.command()(cli_trim.trim)
 app.command()(cli_packed.unpack)
 app.command()(cli_packed.catalogue)
+app.command("fit-packed")(cli_fit_packed.fit_packed)
 app.command()(cli_heal.streamline)
 app.command("lm-eval", context_settings=cli_lm_eval.SETTINGS)(cli_lm_eval.lm_eval)
 

@@ -1,0 +1,108 @@
+"""Every form holds the very codes, and a plan is fitted to what they cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.packed_models import pack, write_coded
+from torch.nn.functional import linear
+
+from shortstack.checkpoint import Checkpoint
+from shortstack.errors import ShortstackError
+from shortstack.packed.plan_file import read_plan
+from shortstack.row_codes import RowCodes
+from shortstack.runtimes import open_session
+from shortstack.runtimes.packed.card import CardDirectMatrix
+from shortstack.runtimes.packed.direct import CpuDirectMatrix
+from shortstack.runtimes.packed.fit import fit
+from shortstack.runtimes.packed.int8 import Int8Matrix
+from shortstack.runtimes.packed.matrix import CodedMatrix
+from shortstack.runtimes.packed.measuring import Setting
+from shortstack.runtimes.packed.nibbles import split
+from shortstack.runtimes.packed.rest import Scratch
+from shortstack.runtimes.packed.stream import Ring, StreamMatrix
+
+CPU = torch.device("cpu")
+
+
+def codes(rows: int, columns: int) -> RowCodes:
+    """Rows of unlike spread; row 1 has every code, row 2 the largest alone, row 3 none."""
+    rng = np.random.default_rng(0)
+    spread = rng.uniform(1, 9, (rows, 1))
+    made = np.clip(np.rint(rng.normal(0, spread, (rows, columns))), -127, 127)
+    made[1], made[2], made[3] = rng.integers(-127, 128, columns), 127, 0
+    return RowCodes(made.astype(np.int8), rng.uniform(0.01, 0.02, rows).astype(np.float16))
+
+
+def held(form: str, made: RowCodes, dtype: torch.dtype) -> CodedMatrix:
+    if form == "stream":
+        ring = Ring(0)
+        matrix = StreamMatrix(made, dtype, ring)
+        ring.start()
+        return matrix
+    if form == "card":
+        return CardDirectMatrix(made, dtype, CPU)
+    if form == "int8":
+        return Int8Matrix(made, dtype, CPU)
+    return CpuDirectMatrix(made, dtype, Scratch() if form == "lean" else None)
+
+
+@pytest.mark.parametrize("form", ["int8", "direct", "lean", "stream", "card"])
+@pytest.mark.parametrize(("rows", "columns"), [(200, 96), (70, 9216), (64, 64)])
+def test_every_form_holds_the_very_codes(form: str, rows: int, columns: int) -> None:
+    made = codes(rows, columns)
+    weights = torch.from_numpy(made.weights())
+    with torch.inference_mode():
+        exact = held(form, made, torch.float32)
+        assert torch.equal(exact.codes(0, rows), torch.from_numpy(made.codes))
+        ids = torch.tensor([3, rows - 1, 0, 1])
+        assert torch.equal(exact.gather(ids), weights[ids])
+        rough = held(form, made, torch.bfloat16)
+        for m in (1, 3, 40):
+            x = torch.randn(m, columns)
+            assert torch.equal(exact.multiply(x), linear(x, weights))
+            x = x.bfloat16()
+            error = (rough.multiply(x).float() - linear(x.float(), weights)).norm()
+            assert error < 0.01 * linear(x.float(), weights).norm()
+
+
+@pytest.mark.parametrize("widest", [0.0, 0.05, 1.0])
+def test_nibbles_and_what_is_left_over_are_the_codes(widest: float) -> None:
+    made = codes(50, 300)
+    parts = split(made.codes, widest)
+    assert (parts.codes() == made.codes).all()
+    assert parts.low.min() >= -8
+    assert parts.low.max() <= 7
+
+
+@pytest.fixture(scope="module")
+def packed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("coded")
+    return pack(write_coded(tiny, folder / "folder"), folder / "model.packed.safetensors").path
+
+
+def test_a_fitted_plan_is_what_a_session_then_holds(packed: Path, tmp_path: Path) -> None:
+    setting = Setting(packed, threads=1, workers="0")
+    plan = fit(setting, memory_budget_mb=0.24, max_slowdown=None, points=0)
+    assert plan.chosen.n_bytes <= 240_000 < plan.int8_bytes
+    assert plan.chosen.measured_s is not None
+    file = tmp_path / "plan.json"
+    file.write_text(plan.model_dump_json())
+    assert read_plan(file) == plan
+    options = {"plan": str(file), "workers": "0"}
+    with open_session(
+        packed, "pytorch-packed", threads=1, context_tokens=64, options=options
+    ) as session:
+        assert session.info["forms"] == plan.chosen.forms
+        assert session.info["weight_bytes"] <= 240_000
+    with pytest.raises(ShortstackError, match=r"no plan takes at most 0\.0 MB: the least is 0\.\d"):
+        fit(setting, memory_budget_mb=0.01, max_slowdown=None, points=0)
+
+
+def test_without_codes_there_is_nothing_to_fit(tiny: Path, tmp_path: Path) -> None:
+    path = pack(Checkpoint.open(tiny), tmp_path / "model.packed.safetensors").path
+    with pytest.raises(ShortstackError, match="has no row codes"):
+        fit(Setting(path, threads=1), memory_budget_mb=1, max_slowdown=None, points=0)
