@@ -53,7 +53,7 @@ class Setting:
             dtype=self.dtype,
             workers=self.workers,
             cuda_graph=self.cuda_graph,
-            **options,  # type: ignore[arg-type]  # words, which capabilities check
+            **options,
         )
 
     def open_forms(self, base: PlanFile, forms: Mapping[str, str]) -> Any:

@@ -158,5 +158,5 @@ def test_a_packed_file_is_a_model_to_export_to_measure_and_to_evaluate(
     assert (measured["runtime"], measured["failed"]) == ("pytorch-packed", False)
     assert measured["kv_bytes_per_token"]
     given = ["--text", text, "--window-tokens", "32", "--limit", "2"]
-    made: Any = run(capsys, "eval", file, *given, "-o", str(tmp_path / "eval"))
+    made = run(capsys, "eval", file, *given, "-o", str(tmp_path / "eval"))
     assert made["models"][0]["runtime"] == "pytorch-packed"
