@@ -94,7 +94,7 @@ def prompts_of(
     return {part: encode(codec, rows, style, MAX_TOKENS) for part, rows in parts.items()}
 
 
-def tuned(source: Path, prompts: Sequence[Prompt], steps: int, device: str, out: Path) -> Path:
+def tuned(source: Path, prompts: Sequence[Prompt], args: argparse.Namespace, out: Path) -> Path:
     """Tune all weights on the tokens that begin the right answers; write a Hugging Face folder."""
     steps, device = args.tune_steps, args.device
     model = load(source, torch.float32).to(device).train()
