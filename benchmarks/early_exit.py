@@ -2,11 +2,14 @@
 
     python -m benchmarks.early_exit MODEL --data DIR --out OUT [--device cuda:0] [--dtype float32]
         [--sets finance/financial_phrasebank ...] [--rows N] [--tune-steps 500] [--every 2]
-        [--loss 0.005] [--single-rows 100]
+        [--loss 0.005] [--single-rows 100] [--exit-loss 0.5]
 
 DIR holds DOMAIN/SET/{train,validation,test}.jsonl[.gz] with questions. The model is first tuned on
 two thirds of all sets' train rows (`--tune-steps 0` takes it as it is: SmolLM2-135M answers most of
-these sets with one word, whatever is asked); OUT/tuned keeps it and is used again. The other
+these sets with one word, whatever is asked); OUT/tuned keeps it and is used again. With
+`--exit-loss 0` only the last layer learns to answer, as in any fine-tune; else its loss is added
+with that weight where the norm and the head read the checked layers (LayerSkip's early-exit loss,
+arXiv:2404.16710): all decide earlier. The other
 third and the validation rows are halved: classifiers are fitted to one half, thresholds to the
 other, at a loss of at most `--loss`. The test rows are run once, by all rules in turns, batch by
 batch; `--single-rows` of them one by one, too. `--rows` bounds every part.
@@ -35,6 +38,7 @@ from shortstack.early_exit.batches import batches
 from shortstack.early_exit.prompts import Prompt, Style, choose_style, encode
 from shortstack.early_exit.rule import ANSWERS, PROBE, VOCABULARY, Rule
 from shortstack.early_exit.rule_file import write_rule
+from shortstack.early_exit.watched import Run, watched
 from shortstack.errors import ShortstackError
 from shortstack.evaluate.codec import FolderCodec
 from shortstack.pretrained import load
@@ -90,15 +94,18 @@ def prompts_of(
     return {part: encode(codec, rows, style, MAX_TOKENS) for part, rows in parts.items()}
 
 
-def tuned(source: Path, prompts: Sequence[Prompt], steps: int, device: str, out: Path) -> Path:
+def tuned(source: Path, prompts: Sequence[Prompt], args: argparse.Namespace, out: Path) -> Path:
     """Tune all weights on the tokens that begin the right answers; write a Hugging Face folder."""
+    steps, device = args.tune_steps, args.device
     model = load(source, torch.float32).to(device).train()
+    n_layers = len(model.get_decoder().layers)
+    layers = Settings(every=args.every, first=args.first).layers(n_layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
     warmup = max(1, round(WARMUP_SHARE * steps))
     for step, chosen in zip(range(steps), drawn(prompts), strict=False):
         rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
         optimizer.param_groups[0]["lr"] = RATE * rate
-        loss = answer_loss(model, chosen, device)
+        loss = answer_loss(model, chosen, device, layers, args.exit_loss)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -122,16 +129,36 @@ def drawn(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
             yield order[start : start + BATCH_ROWS]
 
 
-def answer_loss(model: Any, prompts: Sequence[Prompt], device: str) -> torch.Tensor:
-    """Mean nats of the right answers' first tokens."""
+def answer_loss(
+    model: Any, prompts: Sequence[Prompt], device: str, layers: Sequence[int], weight: float
+) -> torch.Tensor:
+    """Mean nats of the right answers' first tokens, and `weight` times their mean at `layers`."""
     (batch,) = batches(prompts, device, 1 << 30)
     ordered = [prompts[at] for at in batch.index]
     wanted = torch.tensor([prompt.answers[prompt.right] for prompt in ordered], device=device)
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=device != "cpu"):
+    rows = torch.arange(len(wanted), device=device)
+    kept: list[torch.Tensor] = []
+
+    def keep(index: int, run: Run, hidden: torch.Tensor, named: dict[str, Any]) -> torch.Tensor:
+        hidden = run(hidden, **named)
+        if weight and index + 1 in layers:
+            kept.append(hidden[rows, batch.last])
+        return hidden
+
+    def nats(states: torch.Tensor) -> torch.Tensor:
+        logits = model.get_output_embeddings()(states).float()
+        return functional.cross_entropy(logits, wanted)
+
+    with (
+        torch.autocast(torch.device(device).type, torch.bfloat16, enabled=device != "cpu"),
+        watched(model, keep),
+    ):
         states = model.get_decoder()(input_ids=batch.tokens, use_cache=False).last_hidden_state
-        last = states[torch.arange(len(wanted), device=device), batch.last]
-        logits = model.get_output_embeddings()(last)
-    return functional.cross_entropy(logits.float(), wanted)
+        loss = nats(states[rows, batch.last])
+        if kept:
+            early = [nats(model.get_decoder().norm(one)) for one in kept]
+            loss = loss + weight * torch.stack(early).mean()
+    return loss
 
 
 def rules_of(
@@ -172,6 +199,7 @@ def measured(
         "refused": refused,
         "checks": {title: list(rule.layers) for title, rule in rules.items()},
         "validation": {title: rule.facts["validation"] for title, rule in rules.items()},
+        "agreement": {title: rule.facts["agreement"] for title, rule in rules.items()},
         "prompt_tokens": statistics.mean(len(prompt.tokens) for prompt in prompts["test"]),
     }
     single = prompts["test"][: args.single_rows]
@@ -220,6 +248,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--sets", nargs="+", default=SETS)
     parser.add_argument("--rows", type=int)
     parser.add_argument("--tune-steps", type=int, default=500)
+    parser.add_argument("--exit-loss", type=float, default=0.5)
     parser.add_argument("--every", type=int, default=2)
     parser.add_argument("--first", type=int, default=4)
     parser.add_argument("--loss", type=float, default=0.005)
@@ -239,7 +268,7 @@ def main() -> None:
         args.folder = args.out / "tuned"
         if not (args.folder / "tokenizer.json").is_file():
             rows = [prompt for parts in prompts.values() for prompt in parts["model"]]
-            tuned(args.model, rows, args.tune_steps, args.device, args.folder)
+            tuned(args.model, rows, args, args.folder)
     args.sha256 = Checkpoint.open(args.folder).sha256
     model = load(args.folder, getattr(torch, args.dtype)).to(args.device)
     results = []

@@ -162,7 +162,7 @@ def run(shape: str, layers: int | None, device: str, sigma: float) -> list[dict[
 def nvcomp_rates(device: str, sigma: float) -> dict[str, Any]:
     """Decoding of coded codes by nvCOMP on the card, GB/s of plain bytes: its own ANS, and the
     frames of Zstandard that packed files hold. What it refuses is said in its words."""
-    from nvidia import nvcomp  # type: ignore[import-not-found]  # on cards alone
+    from nvidia import nvcomp
 
     from shortstack.packed.coders import zstd
 

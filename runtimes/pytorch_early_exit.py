@@ -118,12 +118,10 @@ class _Leaving:
         assert self._checks is not None
         states = self._at_last(hidden)
         scores, chosen = self._checks.of_answers(check, states, self._head_rows)
-        # one copy to the host for both: each would wait for the device
-        told = torch.stack([scores, chosen.float()]).tolist()
         staying = []
-        for place, (score, answer) in enumerate(zip(*told, strict=True)):
+        for place, (score, answer) in enumerate(zip(scores.tolist(), chosen.tolist(), strict=True)):
             if score >= self._checks.threshold:
-                self._found[self._numbers[place]] = Answer(int(answer), n_run)
+                self._found[self._numbers[place]] = Answer(answer, n_run)
             else:
                 staying.append(place)
         if len(staying) == len(self._numbers):
@@ -131,7 +129,7 @@ class _Leaving:
         self._numbers = [self._numbers[place] for place in staying]
         if not staying:
             return hidden
-        return self._shrink(hidden, torch.tensor(staying, device=hidden.device))
+        return self._shrink(hidden, torch.tensor(staying))
 
     def _at_last(self, hidden: Tensor) -> Tensor:
         if self._n_rows == 1:  # alone it is not filled up
@@ -139,13 +137,15 @@ class _Leaving:
         return hidden[torch.arange(len(hidden), device=hidden.device), self._last]
 
     def _shrink(self, hidden: Tensor, staying: Tensor) -> Tensor:
-        self.rows = staying if self.rows is None else self.rows[staying]
-        self._last = self._last[staying]
+        """`staying`: places among the rows that are left, on the host."""
         weight, bias, absent = self._head_rows
         if len(weight) > 1:
             bias = None if bias is None else bias[staying]
             self._head_rows = weight[staying], bias, absent[staying]
-        return hidden[staying]
+        there = staying.to(hidden.device)
+        self.rows = there if self.rows is None else self.rows[there]
+        self._last = self._last[there]
+        return hidden[there]
 
     def end(self, normed: Tensor, n_layers: int) -> None:
         """Those who stayed answer with the whole model's states, which the last norm has seen."""

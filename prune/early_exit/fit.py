@@ -95,6 +95,7 @@ def fit(
     n_layers = len(model.get_decoder().layers)
     rule = dataclasses.replace(rule, n_layers=n_layers, model_sha256=model_sha256)
     traced = trace(model, rule, validation)
+    agreement = _agreement(traced)
     limits = (settings.max_accuracy_loss, settings.max_changed)
     found = calibrated(traced, *limits)
     kept = _used(traced, found.threshold)
@@ -105,7 +106,7 @@ def fit(
         "settings": dataclasses.asdict(settings),
         "rows": {"tune": len(tune.right), "validation": len(validation.right)},
         "validation": found.to_dict(),
-        "agreement": _agreement(traced),
+        "agreement": agreement,
     }
     return dataclasses.replace(rule, threshold=found.threshold, facts=facts)
 
@@ -139,14 +140,18 @@ def _fitted(model: Any, tune: States, words: tuple[str, ...], settings: Settings
 def features_of(
     model: Any, rule: Rule, states: States
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """(features (rows, checks, n), answers (rows, checks)): what the runtime would see."""
+    """(features (rows, checks, n), answers (rows, checks)): what the runtime would see.
+
+    `states` may be of more layers than the rule checks.
+    """
     head = ModelHead(model)
     checks = Checks(rule, head)
     features, chosen = [], []
-    rows = head.rows(states.answers.to(head.device))
+    rows = head.rows(states.answers)
     with torch.inference_mode():
         for check in range(len(rule.layers)):
-            hidden = states.hidden[:, check].to(head.device, head.dtype)
+            column = states.layers.index(rule.layers[check])
+            hidden = states.hidden[:, column].to(head.device, head.dtype)
             logits, seen = checks.answer_features(check, hidden, rows)
             features.append(seen.cpu())
             chosen.append(logits.argmax(-1).cpu())

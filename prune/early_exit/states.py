@@ -72,7 +72,7 @@ def collect(
         with torch.inference_mode(), watched(model, keep):
             made = model.get_decoder()(input_ids=batch.tokens, use_cache=False).last_hidden_state
             found = head.answer_logits(made[rows, batch.last], head.rows(batch.answers))
-        logits[index, : found.shape[1]] = found.cpu()
+        logits[index, : found.shape[1]] = found
         done += len(index)
         progress(done, len(prompts))
     answers = padded_answers([prompt.answers for prompt in prompts], "cpu")

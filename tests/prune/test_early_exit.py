@@ -10,11 +10,11 @@ import torch
 from tests.early_exits import fitted, opened, prompts_of
 
 from shortstack.early_exit.numbers import probability_features, unit
-from shortstack.early_exit.rule import PROBE
+from shortstack.early_exit.rule import PROBE, Rule
 from shortstack.errors import SettingError, ShortstackError
 from shortstack.prune.early_exit.calibrate import Traced, calibrated, depth_rule, outcome
-from shortstack.prune.early_exit.classifier import CLASSIFIERS, SURE, fit_classifier
-from shortstack.prune.early_exit.fit import Settings, baselines, fit, trace
+from shortstack.prune.early_exit.classifier import CLASSIFIERS, SURE, fit_classifier, top_rule
+from shortstack.prune.early_exit.fit import Settings, baselines, fit, trace, with_checks
 from shortstack.prune.early_exit.probe import fit_probe
 from shortstack.prune.early_exit.states import collect
 
@@ -138,10 +138,22 @@ def test_the_rule_holds_its_loss_on_its_validation_rows(tiny: Path, check: str) 
     found = rule.facts["validation"]
     assert found["loss"] <= 0.1
     assert found["saved"] > 0
-    validation = collect(model, prompts_of(tiny, 96)[32:64], rule.layers)
+    # of all layers, though the rule may have dropped checks
+    validation = collect(model, prompts_of(tiny, 96)[32:64], (1, 2, 3, 4, 5))
     assert outcome(trace(model, rule, validation), rule.threshold).loss == found["loss"]
     for other in baselines(model, rule, validation).values():
-        assert other.facts["validation"]["loss"] <= 0.1
+        said = outcome(trace(model, other, validation), other.threshold)
+        assert said.loss == other.facts["validation"]["loss"] <= 0.1
+        assert said.saved == pytest.approx(other.facts["validation"]["saved"])
+
+
+def test_a_rule_of_some_checks_reads_their_layers(tiny: Path) -> None:
+    model, rule, prompts = fitted(tiny, Settings(every=1, first=1, max_accuracy_loss=0.5))
+    states = collect(model, prompts, (1, 2, 3, 4, 5))
+    width = len(rule.weights[0])
+    whole = Rule((1, 2, 3, 4, 5), "answers", *top_rule(5, width), threshold=0.5, n_layers=6)
+    some = trace(model, with_checks(whole, [1, 3]), states)
+    assert np.array_equal(some.scores, trace(model, whole, states).scores[:, [1, 3]])
 
 
 def test_a_probe_wants_one_list_of_answers(tiny: Path) -> None:

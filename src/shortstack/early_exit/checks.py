@@ -1,4 +1,8 @@
-"""A rule on a model's device: of hidden states at one depth, who leaves, and with what answer."""
+"""A rule at work: of hidden states at one depth, who leaves, and with what answer.
+
+The decision has to be on the host, so that the copy of the states is the check's one wait for the
+device; what follows is too little work to be worth launching kernels for. The whole head is not.
+"""
 
 from __future__ import annotations
 
@@ -33,17 +37,20 @@ class ModelHead:
         return made
 
     def rows(self, answers: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Weights, biases and absence of `answers`, shape (rows, most); one row for all rows where
-        they are alike."""
+        """Weights, biases and absence of `answers`, shape (rows, most), float32 on the host; one
+        row for all rows where they are alike."""
+        answers = answers.cpu()
         if bool((answers == answers[:1]).all()):
             answers = answers[:1]
         absent = answers == NOT_ONE
-        ids = answers.clamp(min=0)
-        return self._weight[ids], None if self._bias is None else self._bias[ids], absent
+        ids = answers.clamp(min=0).to(self.device)
+        bias = None if self._bias is None else _host(self._bias[ids])
+        return _host(self._weight[ids]), bias, absent
 
     def answer_logits(self, normed: Tensor, rows: tuple[Tensor, Tensor | None, Tensor]) -> Tensor:
-        """Logits of each row's own answers, shape (rows, most), float32; -inf where it has none."""
-        weight, bias, absent = rows
+        """Logits of each row's own answers, shape (rows, most), float32 on the host; -inf where it
+        has none."""
+        (weight, bias, absent), normed = rows, _host(normed)
         if len(weight) == 1:
             logits = functional.linear(normed, weight[0], None if bias is None else bias[0])
         else:
@@ -60,20 +67,21 @@ class ModelHead:
 
 
 class Checks:
-    """The arrays of a rule where the model is."""
+    """The arrays of a rule, and the model's head."""
 
     def __init__(self, rule: Rule, head: ModelHead) -> None:
         self.rule, self.head = rule, head
         self.threshold = rule.threshold
-        self._weights = _there(rule.weights, head)
-        self._bias = _there(rule.bias, head)
-        self._probe = None if rule.probe is None else _there(rule.probe, head)
-        self._probe_bias = None if rule.probe_bias is None else _there(rule.probe_bias, head)
+        self._weights = _array(rule.weights)
+        self._bias = _array(rule.bias)
+        self._probe = None if rule.probe is None else _array(rule.probe)
+        self._probe_bias = None if rule.probe_bias is None else _array(rule.probe_bias)
 
     def of_answers(
         self, check: int, states: Tensor, rows: tuple[Tensor, Tensor | None, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """(scores, numbers of the likeliest answers) of states (rows, width), both (rows,)."""
+        """(scores, numbers of the likeliest answers) of states (rows, width), both (rows,) and on
+        the host."""
         logits, features = self.answer_features(check, states, rows)
         return self._scored(check, features), logits.argmax(-1)
 
@@ -83,7 +91,9 @@ class Checks:
         if self.rule.check == PROBE:
             assert self._probe is not None
             assert self._probe_bias is not None
-            logits = functional.linear(unit(states), self._probe[check], self._probe_bias[check])
+            logits = functional.linear(
+                unit(_host(states)), self._probe[check], self._probe_bias[check]
+            )
             return logits, probability_features(logits)
         normed = self.head.normed(states)
         logits = self.head.answer_logits(normed, rows)
@@ -93,9 +103,9 @@ class Checks:
 
     def _token_features(self, states: Tensor, normed: Tensor | None = None) -> Tensor:
         if self.rule.check == STATE:
-            return unit(states)
+            return unit(_host(states))
         normed = self.head.normed(states) if normed is None else normed
-        return probability_features(self.head.logits(normed))
+        return _host(probability_features(self.head.logits(normed)))
 
     def of_tokens(self, check: int, states: Tensor) -> Tensor:
         """Scores of states (rows, width) whose next token may be any, shape (rows,)."""
@@ -109,8 +119,12 @@ FOR_TOKENS = (STATE, VOCABULARY)
 """Checks that need no list of answers."""
 
 
-def _there(array: Any, head: ModelHead) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(head.device)
+def _array(array: Any) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _host(values: Tensor) -> Tensor:
+    return values.float().cpu()
 
 
 def padded_answers(answers: Sequence[Sequence[int]], device: Any) -> Tensor:
