@@ -152,8 +152,10 @@ class Campaign:
 
     @property
     def runtime(self) -> str | None:
-        """genai runs the same graphs; one runtime a format is enough here."""
-        return "onnxruntime" if self.name.startswith("onnx") else None
+        """One runtime a format is enough here: genai runs the same graphs."""
+        if self.name.startswith("gguf"):
+            return None
+        return "onnxruntime" if self.name.startswith("onnx") else "pytorch"
 
 
 STAGES = (

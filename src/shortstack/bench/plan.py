@@ -242,9 +242,15 @@ def _why_not(artifact: Artifact, runtime: str, choice: BenchChoice) -> str | Non
 def _check_words(options: Mapping[str, str]) -> None:
     """An option with a word that no runtime takes is refused before a model is looked at."""
     for name, value in options.items():
-        for runtime, row in capabilities.CAPABILITIES.items():
-            if name in row.options:
+        refused: list[ShortstackError] = []
+        knowing = [r for r, row in capabilities.CAPABILITIES.items() if name in row.options]
+        for runtime in knowing:
+            try:
                 capabilities.check(runtime, "cpu", 1, {name: value})
+            except ShortstackError as error:
+                refused.append(error)
+        if refused and len(refused) == len(knowing):
+            raise refused[0]
 
 
 def _check_options(cases: Sequence[Case], options: Mapping[str, str]) -> None:
