@@ -1,8 +1,9 @@
 """What learning of codes brings at given bits, on a card: starts, learning rates, then long runs.
 
     python -m benchmarks.learn_codes MODEL --data DIR --bits 5.0 3.86 4.5 --tokens 5000000
-        --rates 0.001 0.002 0.004 --sweep-tokens 800000 --self-generated 1000000
-        --device cuda:0 [--start-device cpu] [--restored 0 0.5] [--test] -o OUT
+        --rates 0.0002 0.0005 0.001 0.002 --reaches 0.45 0.25 --sweep-tokens 800000
+        --self-generated 1000000 --device cuda:0 [--start-device cpu] [--restored 0 0.5] [--test]
+        -o OUT
 
 DIR: folders SET/NAME with train, validation and test .jsonl(.gz). Learnt from: the train files of
 all sets, joined to documents of about 3000 characters, and text that the model writes itself.
@@ -35,7 +36,7 @@ from shortstack.prune.calibrate import LayerwiseModel, batches
 from shortstack.prune.heal.data import drawn, packed_windows
 from shortstack.prune.heal.model import final_hidden, head_of
 from shortstack.prune.heal.sample import sampled_windows
-from shortstack.prune.quantize import LearningText, QuantizeSettings, compensate
+from shortstack.prune.quantize import LearningText, QuantizeSettings, compensate, latent
 from shortstack.prune.quantize.compensated import importances, write_compensated
 from shortstack.prune.quantize.device import device_of
 from shortstack.prune.quantize.latent_model import LatentModel
@@ -49,6 +50,9 @@ from shortstack.tokens import Encoder
 
 CHOSEN_ON = ("general/wikitext2", "legal/contracts_text")
 DOCUMENT_CHARS, PIECE_BYTES, CALIBRATION = 3000, 15_000_000, 32
+Choice = tuple[float, float]
+"""Learning rate, and START_REACH."""
+
 BEGAN = time.perf_counter()
 
 
@@ -199,7 +203,8 @@ class Bench:
             }
         return found
 
-    def learner(self, bits: float, start: Path, tokens: int, rate: float) -> Learner:
+    def learner(self, bits: float, start: Path, tokens: int, choice: Choice) -> Learner:
+        rate, latent.START_REACH = choice
         settings = QuantizeSettings(
             bits,
             method="compensated",
@@ -212,26 +217,28 @@ class Bench:
         model = LatentModel(self.checkpoint, start, self.device)
         return Learner(self.checkpoint, model, text, self.wanted(bits), settings)
 
-    def best_rate(self, bits: float, start: Path) -> float:
-        """Of short runs, by KL on held-out windows."""
-        if len(self.asked.rates) == 1:
-            return float(self.asked.rates[0])
-        found: dict[float, float] = {}
-        for rate in self.asked.rates:
-            facts = self.learner(bits, start, self.asked.sweep_tokens, rate).run(silent).facts
-            found[rate] = facts["history"][-1]["kl"]
-            self.tell(what="rate", bits=bits, rate=rate, **facts)
-        return min(found, key=lambda rate: found[rate])
+    def best_choice(self, bits: float, start: Path) -> Choice:
+        """Of short runs, by KL on held-out windows at their end."""
+        choices = [(rate, reach) for reach in self.asked.reaches for rate in self.asked.rates]
+        if len(choices) == 1:
+            return choices[0]
+        found: dict[Choice, float] = {}
+        for choice in choices:
+            facts = self.learner(bits, start, self.asked.sweep_tokens, choice).run(silent).facts
+            found[choice] = facts["history"][-1]["kl"]
+            self.tell(what="choice", bits=bits, rate=choice[0], reach=choice[1], **facts)
+        return min(found, key=lambda choice: found[choice])
 
-    def long_run(self, bits: float, start: Path, rate: float) -> None:
-        run = self.learner(bits, start, self.asked.tokens, rate)
+    def long_run(self, bits: float, start: Path, choice: Choice) -> None:
+        run = self.learner(bits, start, self.asked.tokens, choice)
         found = run.run(silent)
         out = self.work / f"{bits:g}-bits"
         out.mkdir()
         rates = write_learned(out, self.matrices, run.model, found.best)
         changed = {name: values.float().numpy() for name, values in found.best.vectors.items()}
         write_folder(self.checkpoint, out, changed)
-        facts = {"bits": bits, "file_bits": self.bits_of(rates), "rate": rate, **found.facts}
+        told = {"bits": bits, "file_bits": self.bits_of(rates)}
+        facts = {**told, "rate": choice[0], "reach": choice[1], **found.facts}
         module = load(out, torch.float32).to(self.device)
         self.tell(what="learnt", **facts, **self.scores(module, ("validation", "test")))
         file = self.work / f"{bits:g}.codes"
@@ -250,7 +257,8 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="+", default=[5.0, 3.86, 4.5])
     parser.add_argument("--restored", type=float, nargs="+", default=[0.0, 0.5])
     parser.add_argument("--tokens", type=int, default=5_000_000)
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.001, 0.002, 0.004])
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.0002, 0.0005, 0.001, 0.002])
+    parser.add_argument("--reaches", type=float, nargs="+", default=[latent.START_REACH])
     parser.add_argument("--sweep-tokens", type=int, default=800_000)
     parser.add_argument("--self-generated", type=int, default=0)
     parser.add_argument("--sample-batch", type=int, default=1024)
@@ -268,9 +276,9 @@ def main() -> None:
     for bits, folder, kl in bench.starts():
         if bits not in best or kl < best[bits]:
             best[bits], starts[bits] = kl, folder
-    rate = bench.best_rate(*next(iter(starts.items())))
+    choice = bench.best_choice(*next(iter(starts.items())))
     for bits, folder in starts.items():
-        bench.long_run(bits, folder, rate)
+        bench.long_run(bits, folder, choice)
 
 
 if __name__ == "__main__":

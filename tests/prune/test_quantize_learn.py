@@ -24,7 +24,12 @@ from shortstack.prune.quantize.rate import GROUPS, bits_of_counts, coded_bits, o
 from shortstack.row_codes import RowCodesReader
 
 SETTINGS = QuantizeSettings(
-    bits=4.0, method="compensated", tune_steps=0, batch_tokens=512, device="cpu"
+    bits=4.0,
+    method="compensated",
+    tune_steps=0,
+    learning_rate=0.003,
+    batch_tokens=512,
+    device="cpu",
 )
 
 
