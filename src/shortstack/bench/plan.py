@@ -140,6 +140,7 @@ def make_plan(models: Sequence[str], choice: BenchChoice) -> Plan:
                 continue
             mine = capabilities.CAPABILITIES[runtime].options
             options = tuple(sorted((k, v) for k, v in choice.options.items() if k in mine))
+            capabilities.check(runtime, choice.device, choice.batch, dict(options))
             capabilities.check_together(runtime, choice.device, dict(options))
             cases += [
                 Case(label, artifact, runtime, choice.device, options, info, work, prompt)
@@ -200,9 +201,15 @@ def _why_not(artifact: Artifact, runtime: str, choice: BenchChoice) -> str | Non
 def _check_words(options: Mapping[str, str]) -> None:
     """An option with a word that no runtime takes is refused before a model is looked at."""
     for name, value in options.items():
-        for runtime, row in capabilities.CAPABILITIES.items():
-            if name in row.options:
+        refusals = []
+        offering = [r for r, row in capabilities.CAPABILITIES.items() if name in row.options]
+        for runtime in offering:
+            try:
                 capabilities.check(runtime, "cpu", 1, {name: value})
+            except ShortstackError as error:
+                refusals.append(error)
+        if refusals and len(refusals) == len(offering):
+            raise refusals[0]
 
 
 def _check_options(cases: Sequence[Case], options: Mapping[str, str]) -> None:
