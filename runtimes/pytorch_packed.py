@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from shortstack.errors import MissingExtraError, ShortstackError, require
+from shortstack.intake import is_packed
 from shortstack.packed.plan_file import PlanFile, read_plan
 from shortstack.packed.resident import Resident
 from shortstack.runtimes.pytorch import PyTorchSession
@@ -142,6 +143,11 @@ def open_session(
     cuda_graph: str = "off",
 ) -> PyTorchSession:
     _check_packages()
+    if not path.is_file() or not is_packed(path):
+        raise ShortstackError(
+            f"pytorch-packed cannot open {path}: it is no packed file. Pack a model: "
+            "shortstack export MODEL --to packed -o OUT"
+        )
     budget = None if memory_budget_mb == NONE else int(memory_budget_mb)
     slowdown = None if max_slowdown == NONE else float(max_slowdown)
     chosen = None if plan == NONE else read_plan(Path(plan))

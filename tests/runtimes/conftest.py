@@ -16,7 +16,7 @@ def files(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     """The tiny model in every format, float32."""
     checkpoint = Checkpoint.open(tiny)
     found = {"checkpoint": tiny}
-    for text in ("gguf:F32", "onnx:fp32"):
+    for text in ("gguf:F32", "onnx:fp32", "packed"):
         spec = ExportSpec.parse(text)
         folder = tmp_path_factory.mktemp(spec.format)
         found[spec.format] = exporter(spec.format).export(checkpoint, spec, folder).path

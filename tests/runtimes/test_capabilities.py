@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.runtimes.precision import exact
 
 from shortstack.errors import ShortstackError
 from shortstack.runtimes import RUNTIMES, open_session
@@ -39,7 +40,9 @@ def test_a_prompt_behind_others_sees_them(
     runtime: str, files: dict[str, Path], truth: np.ndarray
 ) -> None:
     path = files[RUNTIMES[runtime][0]]
-    with open_session(path, runtime, threads=1, context_tokens=8) as session:
+    with open_session(
+        path, runtime, threads=1, context_tokens=8, options=exact(runtime)
+    ) as session:
         assert isinstance(session, Extendable)
         row = ROWS[0].tolist()
         session.prefill(row[:3])
@@ -53,7 +56,9 @@ def test_rows_side_by_side_compute_what_each_computes_alone(
     runtime: str, files: dict[str, Path], truth: np.ndarray
 ) -> None:
     path = files[RUNTIMES[runtime][0]]
-    with open_session(path, runtime, threads=1, context_tokens=7, batch=3) as session:
+    with open_session(
+        path, runtime, threads=1, context_tokens=7, batch=3, options=exact(runtime)
+    ) as session:
         assert isinstance(session, Batched)
         for _ in range(2):  # the second time over a cache that was used
             seen = [session.prefill_rows(ROWS[:, :3])]
@@ -67,7 +72,9 @@ def test_a_batch_at_depth_is_right_or_refused(
     runtime: str, files: dict[str, Path], truth: np.ndarray
 ) -> None:
     path = files[RUNTIMES[runtime][0]]
-    with open_session(path, runtime, threads=1, context_tokens=7, batch=3) as session:
+    with open_session(
+        path, runtime, threads=1, context_tokens=7, batch=3, options=exact(runtime)
+    ) as session:
         assert isinstance(session, Batched)
         session.prefill_rows(ROWS[:, :3])
         if CAPABILITIES[runtime].batch_at_depth:

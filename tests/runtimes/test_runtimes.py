@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
+from tests.runtimes.precision import exact
 
 from shortstack.artifact import ExportSpec
 from shortstack.checkpoint import Checkpoint
@@ -31,7 +32,9 @@ def test_prefill_and_cached_decoding_give_the_oracles_logits(
     runtime: str, files: dict[str, Path], truth: np.ndarray
 ) -> None:
     path = files[RUNTIMES[runtime][0]]
-    with open_session(path, runtime, threads=1, context_tokens=len(TOKENS)) as session:
+    with open_session(
+        path, runtime, threads=1, context_tokens=len(TOKENS), options=exact(runtime)
+    ) as session:
         assert session.vocab_size == 512
         every = session.prefill(TOKENS, all_logits=True)
         last = session.prefill(TOKENS)
@@ -51,7 +54,9 @@ def test_a_sequence_goes_on_from_an_earlier_token(
     runtime: str, files: dict[str, Path], truth: np.ndarray
 ) -> None:
     path = files[RUNTIMES[runtime][0]]
-    with open_session(path, runtime, threads=1, context_tokens=len(TOKENS)) as session:
+    with open_session(
+        path, runtime, threads=1, context_tokens=len(TOKENS), options=exact(runtime)
+    ) as session:
         assert isinstance(session, Resumable)
         session.prefill([*TOKENS[:6], 400, 401, 402])
         first = session.resume(6, [7, 8])
@@ -67,7 +72,9 @@ def test_a_sequence_goes_on_from_an_earlier_token(
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_a_prefill_forgets_what_was_before(runtime: str, files: dict[str, Path]) -> None:
     path = files[RUNTIMES[runtime][0]]
-    with open_session(path, runtime, threads=1, context_tokens=16) as session:
+    with open_session(
+        path, runtime, threads=1, context_tokens=16, options=exact(runtime)
+    ) as session:
         fresh = session.prefill(TOKENS[:6])
         session.prefill([400] * 9)
         session.decode(401)
@@ -80,7 +87,9 @@ def test_earlier_logits_are_not_overwritten_by_later_ones(
     runtime: str, files: dict[str, Path]
 ) -> None:
     path = files[RUNTIMES[runtime][0]]
-    with open_session(path, runtime, threads=1, context_tokens=16) as session:
+    with open_session(
+        path, runtime, threads=1, context_tokens=16, options=exact(runtime)
+    ) as session:
         session.prefill(TOKENS[:4])
         first = session.decode(TOKENS[4])
         kept = first.copy()
@@ -94,14 +103,18 @@ def test_every_runtime_cuts_text_like_the_others(runtime: str, files: dict[str, 
     with open_session(files["checkpoint"], "pytorch", threads=1, context_tokens=4) as session:
         expected = session.tokenize(text)
     path = files[RUNTIMES[runtime][0]]
-    with open_session(path, runtime, threads=1, context_tokens=4) as session:
+    with open_session(
+        path, runtime, threads=1, context_tokens=4, options=exact(runtime)
+    ) as session:
         assert session.tokenize(text) == expected
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_what_is_in_force_is_said(runtime: str, files: dict[str, Path]) -> None:
     path = files[RUNTIMES[runtime][0]]
-    with open_session(path, runtime, threads=2, context_tokens=4) as session:
+    with open_session(
+        path, runtime, threads=2, context_tokens=4, options=exact(runtime)
+    ) as session:
         info = session.info
     assert info["runtime"] == runtime
     assert info["version"]
@@ -111,7 +124,9 @@ def test_what_is_in_force_is_said(runtime: str, files: dict[str, Path]) -> None:
 @pytest.mark.parametrize("runtime", ["llama.cpp", "onnxruntime", "pytorch"])
 def test_a_full_context_is_an_error(runtime: str, files: dict[str, Path]) -> None:
     path = files[RUNTIMES[runtime][0]]
-    with open_session(path, runtime, threads=1, context_tokens=6) as session:
+    with open_session(
+        path, runtime, threads=1, context_tokens=6, options=exact(runtime)
+    ) as session:
         session.prefill(TOKENS[:6])
         with pytest.raises(ShortstackError, match="context of 6 tokens is full"):
             session.decode(1)
