@@ -128,7 +128,10 @@ class ExitLoop(Loop):
         layers, norms = exit_modules(frozen, start, torch.float32)
         for module in (*layers.values(), *norms.values()):
             module.requires_grad_(True)
-        frozen.requires_grad_(False).to(self.device, torch.bfloat16 if low else torch.float32)
+        frozen.requires_grad_(False).to(self.device)
+        if low:  # weights alone: the frequencies of a rotation must stay float32
+            for parameter in frozen.parameters():
+                parameter.data = parameter.data.bfloat16()
         return ExitStudent(frozen, layers, norms, low, self._choice.compiled)
 
     def rounded(self, base: Checkpoint) -> dict[str, Tensor]:

@@ -85,6 +85,21 @@ def test_training_lowers_every_exits_loss_and_leaves_the_model_alone(
     assert made.dtype == "BF16"  # the type of the model's own layers
 
 
+def test_in_bfloat16_the_frozen_model_rotates_as_it_did(
+    original: Checkpoint, windows: Windows
+) -> None:
+    lens = ExitChoice((2,), "none")
+    told: list[torch.Tensor] = []
+    for dtype in ("float32", "bfloat16"):
+        run = training.ExitLoop(
+            *(original, lens, windows[1][:1], windows[1], settings(tokens=0, dtype=dtype)), print
+        )
+        frozen = run.module._frozen[0]
+        told.append(frozen.get_decoder().rotary_emb.inv_freq)
+        assert next(frozen.parameters()).dtype == getattr(torch, dtype)
+    assert torch.equal(*told)
+
+
 def test_the_lens_is_the_models_own_norm(
     original: Checkpoint, windows: Windows, tmp_path: Path
 ) -> None:
