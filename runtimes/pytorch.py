@@ -32,6 +32,8 @@ class PyTorchSession:
     """
 
     RUNTIME = "pytorch"
+    STEPS_OF_ONE_SHAPE = False
+    """Whether decoding attends to as many slots at every step."""
 
     def __init__(
         self,
@@ -49,6 +51,10 @@ class PyTorchSession:
         torch.set_num_threads(threads)
         self._torch = torch
         self._device = _device(torch, device)
+        if self._device.type == "cuda":
+            # cuDNN plans attention anew for each length of the cache, 40 ms a decoded token on an
+            # H200 (docs/cards.md); the other kernels of PyTorch know no such plan
+            torch.backends.cuda.enable_cudnn_sdp(self.STEPS_OF_ONE_SHAPE)
         if loader is None:
             loader = _load_plain if quantize == PLAIN else partial(load_quantized, word=quantize)
         self._model, weights = loader(path, dtype=dtype, device=self._device)
@@ -66,6 +72,7 @@ class PyTorchSession:
             "dtype": dtype,
             "device": str(self._device),
             "batch": batch,
+            "cudnn_attention": self._device.type == "cuda" and self.STEPS_OF_ONE_SHAPE,
             "attention": str(self._model.config.get_text_config()._attn_implementation),
             "quantize": quantize,
             **weights,

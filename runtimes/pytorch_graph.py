@@ -99,6 +99,8 @@ class GraphSession(PyTorchSession):
     one, on any device: what tests on the CPU hold against the plain session.
     """
 
+    STEPS_OF_ONE_SHAPE = True
+
     def __init__(
         self,
         path: Path,
