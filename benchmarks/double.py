@@ -1,8 +1,8 @@
 """Depth and bits together: which of them makes the better file of a size, the smaller of a quality.
 
     python -m benchmarks.double ORIGINAL CUT [CUT...] --out OUT --text FILE [FILE...]
-        [--bits 6 5 4.5 3.86 3.4] [--calibration FILE] [--limit 24] [--threads 1]
-        [--megabytes 200 120 80 60 50] [--ratios 1.05 1.1 1.2 1.4]
+        [--bits 6 5 4.5 3.86 3.4] [--gguf F16 Q8_0 Q4_K_M ...] [--calibration FILE]
+        [--limit 24] [--threads 1] [--megabytes 200 120 80 60 50] [--ratios 1.05 1.1 1.2 1.4]
 
 Every model, the original and its (healed) cuts, in three kinds of file: *none*, 16 bits (F16);
 *4-bit*, what people use (GGUF types); *packed*, `shortstack quantize --bits` and then
@@ -55,7 +55,7 @@ def files_of(asked: argparse.Namespace, model: Path) -> dict[str, list[File]]:
     mine = copy.copy(asked)
     mine.model, mine.out = model, asked.out / model.name
     mine.out.mkdir(parents=True, exist_ok=True)
-    mine.gguf, mine.onnx, mine.quantized = [t for types in KINDS.values() for t in types], (), ()
+    mine.onnx, mine.quantized = (), ()
     forms = made(mine)
     layers = Checkpoint.open(model).n_layers
     found: dict[str, list[File]] = {}
@@ -147,6 +147,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--bits", type=float, nargs="+", default=[6, 5, 4.5, 3.86, 3.4])
+    parser.add_argument("--gguf", nargs="+", default=[t for types in KINDS.values() for t in types])
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--threads", type=int, default=1)

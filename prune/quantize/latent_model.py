@@ -176,7 +176,7 @@ class LatentModel:
 
 
 def _matrix(weight: nn.Parameter, start: RowCodes) -> LatentMatrix:
-    codes = torch.from_numpy(start.codes).to(weight.device)
+    codes = torch.tensor(start.codes, device=weight.device)  # a copy: what is read may be locked
     base = torch.from_numpy(start.steps.astype(np.float32)).to(weight.device)
     latent = nn.Parameter(latent_start(weight.detach(), codes, base))
     weight.requires_grad_(True)

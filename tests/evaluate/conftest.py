@@ -18,9 +18,9 @@ TEXT = Path(__file__).parent.parent.parent / "LICENSE"
 
 @pytest.fixture(scope="session")
 def exports(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tiny model as a checkpoint, a GGUF file and an ONNX folder, float32."""
+    """The tiny model as a checkpoint, a GGUF file, an ONNX folder and a packed file, float32."""
     found = {"checkpoint": tiny}
-    for text in ("gguf:F32", "onnx:fp32"):
+    for text in ("gguf:F32", "onnx:fp32", "packed"):
         spec = ExportSpec.parse(text)
         folder = tmp_path_factory.mktemp(spec.format)
         found[spec.format] = exporter(spec.format).export(Checkpoint.open(tiny), spec, folder).path

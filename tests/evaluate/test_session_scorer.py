@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.runtimes.precision import exact
 from tests.zoo import make_model
 
 from shortstack.artifact import ExportSpec
@@ -36,7 +37,9 @@ def test_choices_score_as_in_pytorch(
     with TorchScorer(tiny, max_tokens=CONTEXT) as scorer:
         wanted = score_choices(scorer, codec, questions)
     target = target_of(exports[RUNTIMES[runtime][0]], runtime=runtime)
-    session = open_session(target.path, runtime, threads=1, context_tokens=CONTEXT)
+    session = open_session(
+        target.path, runtime, threads=1, context_tokens=CONTEXT, options=exact(runtime)
+    )
     with SessionScorer(session, max_tokens=CONTEXT) as scorer:
         found = score_choices(scorer, target.codec(), questions)
     assert [row.n_tokens for row in found] == [row.n_tokens for row in wanted]
@@ -55,7 +58,7 @@ def test_windows_and_answers_are_those_of_pytorch(
         answer = scorer.generate([window[:9], window], 8, lambda ids: False)
         short = scorer.generate([window], 8, lambda ids: len(ids) == 3)
     place = exports[RUNTIMES[runtime][0]]
-    session = open_session(place, runtime, threads=1, context_tokens=64)
+    session = open_session(place, runtime, threads=1, context_tokens=64, options=exact(runtime))
     with SessionScorer(session, max_tokens=64) as other:
         (found,) = other.nats([window])
         np.testing.assert_allclose(other.log_probs(window), probs, atol=tolerance(runtime))

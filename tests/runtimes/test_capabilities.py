@@ -89,7 +89,9 @@ def test_a_batch_at_depth_is_right_or_refused(
 def test_rows_go_back_together(runtime: str, files: dict[str, Path], truth: np.ndarray) -> None:
     """What energy of decoding a batch is counted over: the same steps, again behind the prompts."""
     path = files[RUNTIMES[runtime][0]]
-    with open_session(path, runtime, threads=1, context_tokens=7, batch=3) as session:
+    with open_session(
+        path, runtime, threads=1, context_tokens=7, batch=3, options=exact(runtime)
+    ) as session:
         assert isinstance(session, ResumableRows)
         session.prefill_rows(ROWS[:, :3])
         for at in (3, 4):  # other tokens: what must be forgotten
