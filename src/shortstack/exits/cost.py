@@ -19,6 +19,8 @@ class DepthCost:
     def through(cls, shallow: tuple[int, float], deep: tuple[int, float]) -> DepthCost:
         """The line through two measurements, (layers, seconds); never falling with depth."""
         (few, short_s), (many, long_s) = shallow, deep
+        if few == many:  # an exit behind all layers but one runs as many as the whole model
+            return cls(long_s, 0.0)
         slope = max(0.0, (long_s - short_s) / (many - few))
         return cls(max(0.0, long_s - slope * many), slope)
 
@@ -57,4 +59,4 @@ def deepest_within(
             f"depth {least}, for {cost.prompt_tokens} + {new_tokens} tokens. Allow that much, or "
             "ask for fewer tokens."
         )
-    return max(fitting, key=lambda depth: layers_at[depth])
+    return max(fitting, key=lambda depth: (layers_at[depth], depth))  # the whole model on a tie
