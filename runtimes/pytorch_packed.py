@@ -41,7 +41,7 @@ class Packed:
     def __call__(self, path: Path, *, dtype: str, device: Any) -> tuple[Any, dict[str, Any]]:
         import torch
 
-        from shortstack.runtimes.packed.forms import Place, assigned
+        from shortstack.runtimes.packed.forms import Place, assigned, check_planned
         from shortstack.runtimes.packed.model import fill, skeleton, slots_of
         from shortstack.runtimes.packed.rest import Scratch
         from shortstack.runtimes.packed.stream import Ring
@@ -54,6 +54,7 @@ class Packed:
             slots = slots_of(model, resident)
             if self._plan is not None:
                 forms = self._plan.forms_for(resident.sha256, slots)
+                check_planned(forms, slots, resident, torch.device(device))
             else:
                 forms = assigned(slots, resident, self._form, self._head, device)
             self.forms = forms

@@ -127,6 +127,19 @@ def test_an_edited_file_is_refused(tmp_path: Path, changes: dict[str, str], word
         read_rule(file)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("threshold", float("nan")), ("threshold", "x"), ("layers", (True, 4))]
+)
+def test_values_that_no_fit_gives_are_refused(tmp_path: Path, name: str, value: object) -> None:
+    """With the checksum of what they stand in: a file that somebody made."""
+    file = tmp_path / "rule.safetensors"
+    made = a_rule()
+    object.__setattr__(made, name, value)  # past what the class would say
+    write_rule(made, file)
+    with pytest.raises(ShortstackError, match="lacks what an early exit needs"):
+        read_rule(file)
+
+
 def test_files_that_are_no_rules_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ShortstackError, match="no file"):
         read_rule(tmp_path / "absent.safetensors")

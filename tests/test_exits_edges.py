@@ -9,7 +9,7 @@ from tests.exits import make_exits
 
 from shortstack.errors import ShortstackError
 from shortstack.exits.cost import DepthCost, RequestCost, deepest_within
-from shortstack.exits.folder import FACTS, read_exits
+from shortstack.exits.folder import FACTS, read_exits, split_depth
 
 
 def test_an_exit_that_runs_all_layers_gives_way_to_the_whole_model() -> None:
@@ -24,3 +24,13 @@ def test_a_number_of_layers_that_is_infinite_is_refused(tiny: Path, tmp_path: Pa
     file.write_text(file.read_text().replace('"n_layers": 6', '"n_layers": 1e400'))
     with pytest.raises(ShortstackError, match="is damaged: OverflowError"):
         read_exits(file.parent)
+
+
+@pytest.mark.parametrize("depth", ["9" * 300, "9" * 5000, "\u0663"])
+def test_a_number_that_no_model_has_layers_of_names_no_exit(
+    depth: str, tiny: Path, tmp_path: Path
+) -> None:
+    """Longer than a file's name may be, or than Python reads, or in other digits."""
+    exits = make_exits(tiny, tmp_path / "exits").path
+    path = Path(f"{exits}@{depth}")
+    assert split_depth(path) == (path, None)

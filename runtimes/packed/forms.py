@@ -60,6 +60,20 @@ def assigned(
     return made
 
 
+def check_planned(
+    forms: Mapping[str, str], slots: Mapping[str, Slot], resident: Resident, on: torch.device
+) -> None:
+    """Raise ShortstackError for a matrix that cannot have here the form that a plan says."""
+    for name, slot in slots.items():
+        coded, columns = name in resident.coded, resident.tensors[name].columns
+        if _form(forms[name], slot, coded, columns, on) != forms[name]:
+            raise ShortstackError(
+                f"the plan holds {name} as {forms[name]}, which it cannot be on {on.type}: "
+                f"{'its' if coded else 'it has no row codes, its'} width is {columns}. "
+                "Make a plan here: shortstack fit-packed MODEL -o plan.json"
+            )
+
+
 def _form(wanted: str, slot: Slot, coded: bool, columns: int, on: torch.device) -> str:
     from shortstack.runtimes.packed.direct import fits
 

@@ -85,6 +85,13 @@ def test_a_plan_of_another_model_is_refused() -> None:
             a_plan().forms_for(sha256, names)
 
 
+def test_times_without_an_end_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(a_plan().model_dump_json().replace('"int8_s":1.0', '"int8_s":1e999'))
+    with pytest.raises(ShortstackError, match="is no plan of a packed model: int8_s"):
+        read_plan(file)
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"version": 2}'])
 def test_what_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "plan.json"

@@ -12,6 +12,8 @@ from tests.packed_models import pack, write_coded
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.packed.file import PackedFile
+from shortstack.packed.plan_file import CurvePoint, PlanFile
+from shortstack.packed.resident import Resident
 from shortstack.runtimes import open_session
 from shortstack.runtimes.pytorch_packed import PackedSession
 from shortstack.session import Session
@@ -147,3 +149,28 @@ def test_a_damaged_file_is_refused(packed: Path, tmp_path: Path) -> None:
     broken.write_bytes(data)
     with pytest.raises(ShortstackError, match="have changed"):
         open_packed(broken)
+
+
+def test_a_plan_of_forms_that_matrices_cannot_have_is_to_blame(
+    lossless: Path, tmp_path: Path
+) -> None:
+    """Not the file, which is sound: its matrices have no row codes."""
+    with open_packed(lossless) as session:
+        forms = dict.fromkeys(session.packed.forms, "direct")
+    point = CurvePoint(n_bytes=1, predicted_s=1.0, share_of_int8=1.0, slowdown=1.0, forms={})
+    plan = PlanFile(
+        model_sha256=Resident(lossless).sha256,
+        device="cpu",
+        threads=1,
+        workers=0,
+        dtype="bfloat16",
+        int8_bytes=1,
+        int8_s=1.0,
+        chosen=point,
+        curve=[point],
+        forms=forms,
+    )
+    file = tmp_path / "plan.json"
+    file.write_text(plan.model_dump_json())
+    with pytest.raises(ShortstackError, match="the plan holds .* as direct, .*no row codes"):
+        open_packed(lossless, plan=str(file))

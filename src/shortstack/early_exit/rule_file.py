@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -113,6 +114,13 @@ def _checked(file: Path, facts: str, sha256: str, arrays: dict[str, Any]) -> Rul
             )
     try:
         plain = {name: told[name] for name in PLAIN}
+        whole = all(type(layer) is int for layer in told["layers"])
+        if (
+            not whole
+            or type(plain["threshold"]) not in (int, float)
+            or math.isnan(plain["threshold"])
+        ):
+            raise TypeError
         return Rule(
             layers=tuple(told["layers"]),
             answers=tuple(told["answers"]),

@@ -158,11 +158,14 @@ def parse_exits(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
+DEPTH = re.compile(r"\d{1,6}", re.ASCII)
+
+
 def split_depth(path: Path) -> tuple[Path, int | None]:
     """`EXITS@15` as (EXITS, 15), where that folder holds exits; any other path with None."""
     name, at, depth = path.name.rpartition("@")
     folder = path.with_name(name) if at and name else path
-    if folder == path or not depth.isdecimal() or path.exists() or not is_exits(folder):
+    if folder == path or not DEPTH.fullmatch(depth) or path.exists() or not is_exits(folder):
         return path, None
     return folder, int(depth)
 

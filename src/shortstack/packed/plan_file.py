@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from shortstack.errors import ShortstackError, one_line
 
 Form = Literal["direct", "lean", "int8", "stream", "plain"]
-Seconds = Annotated[float, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Ratio = Annotated[float, Field(allow_inf_nan=False)]
 Size = Annotated[int, Field(ge=0)]
 
 
@@ -23,8 +24,8 @@ class CurvePoint(BaseModel):
     n_bytes: Size
     predicted_s: Seconds
     measured_s: Seconds | None = None
-    share_of_int8: float
-    slowdown: float
+    share_of_int8: Ratio
+    slowdown: Ratio
     forms: dict[str, int]
 
 
