@@ -164,7 +164,10 @@ def main() -> None:
         for name, files in files_of(asked, model).items():
             found.setdefault(name, []).extend(files)
     for name, files in found.items():
-        rows = [vars(file) | {"megabytes": min(file.megabytes, 1e9)} for file in files]
+        rows = [
+            vars(file) | {"megabytes": None if math.isinf(file.megabytes) else file.megabytes}
+            for file in files
+        ]
         (asked.out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         print(f"\n{name}\n")
         print("\n".join(tables(files, asked)))
