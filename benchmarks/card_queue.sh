@@ -6,6 +6,7 @@
 # OUT/queue/ITEM, and kept: remove that folder to run it again. Nothing else may run on the host: processes
 # that train or certify beside it took 90 seconds a campaign to 200, and `busy` is in their records.
 # Each process is given one card: PyTorch and llama.cpp open 0.5 GB on every card they see.
+# ITEMS="early packed" in the environment takes these, in that order, instead of all.
 set -u
 model=$1 data=$2 models=$3 gguf=$4 out=$5 llama_bench=$6
 mkdir -p "$out/queue" "$out/small"
@@ -29,14 +30,18 @@ item() {
     early) python3 -m benchmarks.early_exit "$model" --data "$data" --out "$out/early" --device cuda:0 ;;
     early-plain) python3 -m benchmarks.early_exit "$model" --data "$data" --out "$out/early-plain" --device cuda:0 --exit-loss 0 ;;
     generation) python3 -m benchmarks.early_generation "$model" --data "$data" --out "$out/generation" --device cuda:0 --part exit ;;
+    exit-speed) python3 -m benchmarks.exit_speed bench "$model" --work "$out/exit-work" \
+      --out "$out/exit-speed" --device cuda:0 --threads 8 ;;
     *energy) formats --only "$1" ;;
     *) formats --repeats 2 --only "$1" ;;
   esac
 }
 
-for name in eager-32-16-b1 genai llama-bench graph-24-12-b8 onnx-24-12-b8 eager-32-16-b8 onnx-32-16-b1-energy \
-  torchao-int4-graph-32-16-b1-energy bnb-nf4-graph-32-16-b1-energy eager-24-12-b1 eager-24-12-b8 bnb-int8-32-16-b1 \
-  early early-plain generation tests packed graph-32-16-b8-energy onnx-32-16-b8-energy gguf-32-16-b8-energy; do
+every="eager-32-16-b1 genai llama-bench graph-24-12-b8 onnx-24-12-b8 eager-32-16-b8 onnx-32-16-b1-energy
+  torchao-int4-graph-32-16-b1-energy bnb-nf4-graph-32-16-b1-energy eager-24-12-b1 eager-24-12-b8 bnb-int8-32-16-b1
+  graph-32-16-b8-energy onnx-32-16-b8-energy gguf-32-16-b8-energy early early-plain generation tests packed exit-speed
+  graph-32-16-b1 onnx-32-16-b1 gguf-32-16-b1"
+for name in ${ITEMS:-$every}; do
   mkdir "$out/queue/$name" 2>/dev/null || continue
   began=$(date +%s)
   item "$name" >"$out/log-$name.txt" 2>&1

@@ -80,7 +80,7 @@ def _form(wanted: str, slot: Slot, coded: bool, columns: int, on: torch.device) 
     if not coded:
         return wanted if wanted in OF_FLOATS else PLAIN
     chosen = "direct" if wanted == AUTO else wanted
-    able = fits(columns) if on.type == "cpu" else columns % 2 == 0
+    able = on.type == "cuda" or fits(columns)
     if chosen == "lean" and on.type == "cuda":
         chosen = "direct"  # is as small there
     if chosen in ("direct", "lean") and not able:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -41,6 +43,18 @@ class Matrix(ABC):
         """Rows `ids`, shape (n,): (n, columns)."""
 
 
+@contextmanager
+def _whole_sums() -> Iterator[None]:
+    """Sums of bfloat16 products in float32 to their end: left alone, cuBLAS may round parts."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
+
+
 class CodedMatrix(Matrix):
     """codes x steps. `steps`: float32, shape (rows,).
 
@@ -74,9 +88,10 @@ class CodedMatrix(Matrix):
         """As `few`, for any m, by blocks of rows."""
         made = x.new_empty(len(x), self.rows)
         step = max(1, BLOCK_WEIGHTS[self.device.type] // self.columns)
-        for start in range(0, self.rows, step):
-            stop = min(self.rows, start + step)
-            made[:, start:stop] = x @ self.codes(start, stop).to(self.dtype).T
+        with _whole_sums():
+            for start in range(0, self.rows, step):
+                stop = min(self.rows, start + step)
+                made[:, start:stop] = x @ self.codes(start, stop).to(self.dtype).T
         return made.mul_(self.steps)
 
     def gather(self, ids: Tensor) -> Tensor:
