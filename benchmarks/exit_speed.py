@@ -15,9 +15,9 @@ written folders with a CUDA graph. On a card PyTorch computes in float16, on the
 
 The table, from records alone: a ratio is the median over rounds of a depth's time over the whole
 model's in the same round, with a bootstrap interval; (k+1)/L the layers it runs over the model's.
-`bytes` is what a model of bytes says of a step: weights that a token reads, and keys and values in
-the middle of decoding; `operations` what one of multiplications says of a prefill, whose head
-multiplies the last token alone. Neither knows what does not depend on depth.
+`bytes` is what a model of bytes says of a step: weights that it reads, and the cache in the middle
+of decoding; `operations` what one of operations says of a prefill (both of docs/roofline.md). They
+know the head, which is as large at every depth, and nothing else that does not depend on depth.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from benchmarks.formats_table import cases, form
 from shortstack.artifact import ExportSpec
 from shortstack.checkpoint import Checkpoint
 from shortstack.devices.host import usable_cores
-from shortstack.devices.record_fields import MeasurementRecord, TrialRecord
+from shortstack.devices.record_fields import TrialRecord
 from shortstack.devices.records import load_records
 from shortstack.devices.report.merged.cases import Case
+from shortstack.devices.roofline.share import prefill_flops, step_bytes
 from shortstack.devices.stats import median, paired_ratio_interval
 from shortstack.errors import ShortstackError
 from shortstack.exits.folder import ExitFolder, read_exits, write_exits
@@ -160,24 +161,6 @@ def campaigns(asked: argparse.Namespace) -> list[Campaign]:
     return found
 
 
-def read_bytes(measurement: MeasurementRecord) -> float | None:
-    """Bytes that a step reads in the middle of decoding; None where the cache is not told."""
-    work = measurement.workload
-    if measurement.kv_bytes_per_token is None:
-        return None
-    cached = work.depth_tokens + work.prompt_tokens + work.decode_tokens / 2
-    weights = measurement.artifact.weight_bytes_per_token
-    return weights + work.batch * cached * measurement.kv_bytes_per_token
-
-
-def prefill_operations(measurement: MeasurementRecord) -> float | None:
-    """Multiplications of a prompt, without attention's own; None where they were not counted."""
-    matmul, head = measurement.artifact.matmul_params, measurement.artifact.head_params
-    if matmul is None or head is None:
-        return None
-    return measurement.workload.prompt_tokens * matmul + head
-
-
 def ratio(one: Case, whole: Case, time: Callable[[TrialRecord], float]) -> tuple[float, str]:
     """(estimate, in words) over the rounds that both have."""
     above, below = (
@@ -198,17 +181,16 @@ def prefill_s(trial: TrialRecord) -> float:
 
 def line(case: Case, whole: Case) -> str:
     layers = case.n_layers / whole.n_layers
+    mine, other = (one.measurement.model_dump(by_alias=True) for one in (case, whole))
     cells = [form(case), f"{case.n_layers} of {whole.n_layers}"]
-    for time, predict in ((step_s, read_bytes), (prefill_s, prefill_operations)):
+    for time, predict in ((step_s, step_bytes), (prefill_s, prefill_flops)):
         milliseconds = 1e3 * median([time(trial) for trial in case.measurement.trials])
         estimate, words = ratio(case, whole, time)
-        mine, other = predict(case.measurement), predict(whole.measurement)
+        work = predict(mine), predict(other)
         cells += [f"{milliseconds:.2f}", words]
         cells += [f"{layers:.3f}"] if time is step_s else []
-        cells += [
-            f"{estimate / layers:.2f}",
-            "-" if not (mine and other) else f"{mine / other:.3f}",
-        ]
+        cells.append(f"{estimate / layers:.2f}")
+        cells.append(f"{work[0] / work[1]:.3f}" if work[0] and work[1] else "-")
     return f"| {' | '.join(cells)} |"
 
 

@@ -65,12 +65,16 @@ def test_ratios_are_held_against_layers_and_bytes(tmp_path: Path) -> None:
     assert float(row[3].split()[0]) == pytest.approx(took, rel=0.01)
     assert row[4] == "0.533"
     assert float(row[5]) == pytest.approx(took / layers, rel=0.02)
-    cache = 768 * (128 + 16 / 2)
+    cache = 768 * (128 + (16 + 1) / 2)
     read = [n * (PER_LAYER + cache) + REST for n in (16, 30)]
     assert float(row[6]) == pytest.approx(read[0] / read[1], abs=1e-3)
     operations = [128 * n * PER_LAYER + REST for n in (16, 30)]
     assert float(row[10]) == pytest.approx(operations[0] / operations[1], abs=1e-3)
     assert cells(told, "ONNX fp32", 30)[3].startswith("1.000")
+    # its graphs compute the head for every token of the prompt
+    headed = [n * PER_LAYER + REST for n in (16, 30)]
+    predicted = float(cells(told, "ONNX fp32", 16)[10])
+    assert predicted == pytest.approx(headed[0] / headed[1], abs=1e-3)
 
 
 def test_depths_are_no_ratios_where_the_whole_model_failed(tmp_path: Path) -> None:
