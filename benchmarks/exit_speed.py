@@ -51,8 +51,8 @@ NAMES = {
 }
 """Runtime -> campaign; `formats.Campaign` reads the runtime from its name."""
 HEAD = """\
-| | layers run | a step, ms | over the whole (95 %) | (k+1)/L | ratio ÷ (k+1)/L | bytes predict \
-| prefill, ms | over the whole (95 %) | ratio ÷ (k+1)/L | operations predict |
+| | layers run | (k+1)/L | a step, ms | over the whole (95 %) | ÷ (k+1)/L | bytes predict \
+| prompt, ms | over the whole (95 %) | ÷ (k+1)/L | operations predict |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"""
 
 
@@ -166,6 +166,8 @@ def ratio(one: Case, whole: Case, time: Callable[[TrialRecord], float]) -> tuple
     above, below = (
         {trial.round: time(trial) for trial in case.measurement.trials} for case in (one, whole)
     )
+    if one is whole:
+        return 1.0, "1"
     rounds = sorted(above.keys() & below.keys())
     found = paired_ratio_interval([above[n] for n in rounds], [below[n] for n in rounds])
     return found.estimate, f"{found.estimate:.3f} ({found.low:.3f} to {found.high:.3f})"
@@ -182,13 +184,12 @@ def prefill_s(trial: TrialRecord) -> float:
 def line(case: Case, whole: Case) -> str:
     layers = case.n_layers / whole.n_layers
     mine, other = (one.measurement.model_dump(by_alias=True) for one in (case, whole))
-    cells = [form(case), f"{case.n_layers} of {whole.n_layers}"]
+    cells = [form(case), f"{case.n_layers} of {whole.n_layers}", f"{layers:.3f}"]
     for time, predict in ((step_s, step_bytes), (prefill_s, prefill_flops)):
         milliseconds = 1e3 * median([time(trial) for trial in case.measurement.trials])
         estimate, words = ratio(case, whole, time)
         work = predict(mine), predict(other)
         cells += [f"{milliseconds:.2f}", words]
-        cells += [f"{layers:.3f}"] if time is step_s else []
         cells.append(f"{estimate / layers:.2f}")
         cells.append(f"{work[0] / work[1]:.3f}" if work[0] and work[1] else "-")
     return f"| {' | '.join(cells)} |"
