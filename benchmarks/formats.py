@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -218,10 +218,11 @@ def kinds(
         yield "eager", models, ("dtype=float16",)
 
 
-def bench(asked: argparse.Namespace) -> None:
+def bench(asked: argparse.Namespace, wanted: Sequence[Campaign]) -> None:
+    """Run in turn what is missing, or what a case failed in."""
     asked.out.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + 60 * asked.minutes
-    for campaign in campaigns(asked):
+    for campaign in wanted:
         done = asked.out / campaign.name / "bench.json"
         if whole(done) or time.monotonic() > ends:
             continue
@@ -263,7 +264,7 @@ def main() -> None:
     elif asked.out is None or (asked.lane is None and asked.only is None):
         parser.error("bench wants --out, and --lane or --only")
     else:
-        bench(asked)
+        bench(asked, campaigns(asked))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from shortstack import child
+from shortstack import child, runtimes
 from shortstack.devices import nvidia
 from shortstack.doctor import (
     devices,
@@ -28,7 +28,7 @@ from shortstack.doctor import probes as doctor_probes
 from shortstack.doctor.findings import Finding, healthy
 from shortstack.doctor.onnx import decoder_answer
 from shortstack.doctor.pairs import RUNTIMES, Runtime, pairs, try_runtime
-from shortstack.errors import ShortstackError
+from shortstack.errors import MissingExtraError, ShortstackError
 
 
 def works(request: Mapping[str, Any]) -> dict[str, str]:
@@ -98,6 +98,9 @@ def test_a_crash_on_a_card_is_a_problem_with_the_cards_remedy() -> None:
     assert (finding.status, finding.next_step) == ("problem", "Rebuild it for CUDA.")
 
 
+NAMES = ("llama.cpp", "onnxruntime", "onnxruntime-genai", "pytorch", "pytorch-packed")
+
+
 def survey(*ids: str, **missing: str) -> dict[str, Any]:
     found = [{"id": i, "kind": i.partition(":")[0], "name": "x", "vram_bytes": 1} for i in ids]
     return {"devices": found, "missing": missing}
@@ -106,14 +109,8 @@ def survey(*ids: str, **missing: str) -> dict[str, Any]:
 def test_every_runtime_is_tried_on_every_device_it_can_run_on() -> None:
     tried = [p()[0].name for p in pairs(survey("cpu", "cuda:0", "metal:0", "vulkan:0"), {})]
     assert tried == [
-        *(
-            f"{name} on cpu"
-            for name in ("llama.cpp", "onnxruntime", "onnxruntime-genai", "pytorch")
-        ),
-        *(
-            f"{name} on cuda:0"
-            for name in ("llama.cpp", "onnxruntime", "onnxruntime-genai", "pytorch")
-        ),
+        *(f"{name} on cpu" for name in NAMES),
+        *(f"{name} on cuda:0" for name in NAMES),
         *("llama.cpp on metal:0", "pytorch on metal:0", "llama.cpp on vulkan:0"),
     ]
 
@@ -131,7 +128,7 @@ def test_without_a_card_each_runtime_says_why_and_what_to_install() -> None:
 @pytest.mark.parametrize("runtime", RUNTIMES, ids=lambda r: r.name)
 def test_a_runtime_for_the_cpu_alone_says_that_it_lacks_cuda(runtime: Runtime) -> None:
     pytest.importorskip(
-        {"llama.cpp": "llama_cpp", "pytorch": "torch"}.get(
+        {"llama.cpp": "llama_cpp", "pytorch": "torch", "pytorch-packed": "zstandard"}.get(
             runtime.name, runtime.name.replace("-", "_")
         )
     )
@@ -168,6 +165,39 @@ def test_a_wrong_answer_of_the_tiny_decoder_is_seen(
     monkeypatch.setattr(doctor_probes, "decoder_answer", lambda tokens: decoder_answer(tokens) + 1)
     with pytest.raises(ShortstackError, match="wrong answer"):
         getattr(doctor_probes, name)({"device": "cpu"})
+
+
+def test_every_runtime_of_the_table_is_tried() -> None:
+    assert {runtime.name for runtime in RUNTIMES} == set(runtimes.RUNTIMES)
+
+
+def test_a_wrong_answer_of_the_packed_model_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("zstandard")
+    from shortstack.doctor import packed
+
+    told = packed._logits
+    monkeypatch.setattr(
+        packed,
+        "_logits",
+        lambda path, runtime, device, options: (
+            told(path, runtime, device, options) + (options.get("form") == "int8")
+        ),
+    )
+    with pytest.raises(ShortstackError, match="form=int8 on cpu computes a wrong answer"):
+        packed.pytorch_packed({"device": "cpu"})
+
+
+def test_packed_files_without_their_package_say_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from shortstack.doctor import packed
+    from shortstack.packed import runnable
+
+    def lacking() -> None:
+        raise MissingExtraError("zstandard", "pack", "running a packed model")
+
+    monkeypatch.setattr(runnable, "check_runnable", lacking)
+    assert "shortstack[pack]" in packed.pytorch_packed({"device": "cpu"})["lacks"]
 
 
 @pytest.mark.parametrize(

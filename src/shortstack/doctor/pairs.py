@@ -14,6 +14,10 @@ from shortstack.errors import ShortstackError
 Probe = Callable[[], Sequence[Finding]]
 TIMEOUT_S = 120.0
 LLAMA = "llama-cpp-python==0.3.36"
+TORCH_FOR_CUDA = (
+    "Run: pip install --force-reinstall torch --index-url "
+    "https://download.pytorch.org/whl/cu130 (drivers before 580: cu126)"
+)
 NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 
 
@@ -88,10 +92,17 @@ RUNTIMES = (
         "shortstack.doctor.probes:pytorch",
         "Run: pip install --force-reinstall 'shortstack[prune]'",
         beyond={
-            "cuda": "Run: pip install --force-reinstall torch --index-url "
-            "https://download.pytorch.org/whl/cu130 (drivers before 580: cu126)",
+            "cuda": TORCH_FOR_CUDA,
             "metal": "Run: pip install --force-reinstall 'shortstack[prune]'",
         },
+    ),
+    Runtime(
+        "pytorch-packed",
+        ("torch", "zstandard"),
+        "prune,pack",
+        "shortstack.doctor.packed:pytorch_packed",
+        "Run: pip install --force-reinstall 'shortstack[prune,pack]'",
+        beyond={"cuda": TORCH_FOR_CUDA},
     ),
 )
 

@@ -35,7 +35,7 @@ def llama_cpp(request: Mapping[str, Any]) -> dict[str, str]:
         path = write_tiny_gguf(Path(folder) / "tiny.gguf")
         if device == "cpu":
             logits = _llama_logits(path, {})
-            _check("llama.cpp", bool(np.isfinite(logits).all() and logits.std() > 0))
+            check("llama.cpp", bool(np.isfinite(logits).all() and logits.std() > 0))
             features = _features(system_info())
             return {"fact": f"runs a batch of {BATCH} with its defaults ({features})"}
         here = named(device)
@@ -45,7 +45,7 @@ def llama_cpp(request: Mapping[str, Any]) -> dict[str, str]:
         told = _llama_logits(path, {"n_gpu_layers": LAYERS + 1}, pointer)
         plain = _llama_logits(path, {"n_gpu_layers": 0, "use_extra_bufts": False})
         close = bool(np.abs(told - plain).max() < CLOSE * plain.std())
-        _check(f"llama.cpp on {name}", close)
+        check(f"llama.cpp on {name}", close)
     return {"fact": f"runs a batch of {BATCH} on {name}, with the logits of the CPU"}
 
 
@@ -61,7 +61,7 @@ def llama_cpp_session(request: Mapping[str, Any]) -> dict[str, str]:
         path = write_tiny_gguf(Path(folder) / "tiny.gguf")
         with open_session(path, "llama.cpp", threads=1, context_tokens=2 * BATCH) as session:
             logits = session.prefill(range(BATCH))
-            _check("llama.cpp", bool(np.isfinite(logits).all() and logits.std() > 0))
+            check("llama.cpp", bool(np.isfinite(logits).all() and logits.std() > 0))
     return {"fact": f"runs a batch of {BATCH}"}
 
 
@@ -85,7 +85,7 @@ def onnxruntime(request: Mapping[str, Any]) -> dict[str, str]:
         session = ort.InferenceSession(str(path), providers=providers(ort, device))
     check_in_force(session, device)
     (logits,) = session.run(["logits"], decoder_inputs(PROMPT))
-    _check("onnxruntime", bool(np.allclose(logits[0, -1], decoder_answer(PROMPT), atol=1e-3)))
+    check("onnxruntime", bool(np.allclose(logits[0, -1], decoder_answer(PROMPT), atol=1e-3)))
     return {"fact": f"runs a tiny decoder on {request['device']}; providers: {names}"}
 
 
@@ -113,7 +113,7 @@ def onnxruntime_genai(request: Mapping[str, Any]) -> dict[str, str]:
             generator.append_tokens(np.array([tokens], np.int32))
         logits = np.array(generator.get_logits(), np.float32).ravel()
         right = decoder_answer((*PROMPT, NEXT))
-        _check("onnxruntime-genai", bool(np.allclose(logits, right, atol=1e-3)))
+        check("onnxruntime-genai", bool(np.allclose(logits, right, atol=1e-3)))
     return {"fact": f"runs a tiny decoder on {device}, with its cache"}
 
 
@@ -124,24 +124,35 @@ def pytorch(request: Mapping[str, Any]) -> dict[str, str]:
     """
     import torch
 
+    lacks = torch_lacks(request["device"])
+    if lacks is not None:
+        return {"lacks": lacks}
     place = {"metal": "mps"}.get(request["device"].partition(":")[0], request["device"])
-    if place.startswith("cuda") and not torch.cuda.is_available():
-        build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-        return {"lacks": f"this build, {build}, sees no NVIDIA card"}
-    if place == "mps" and not torch.backends.mps.is_available():
-        return {"lacks": "this build sees no Metal device"}
     a = torch.arange(WIDTH * WIDTH, dtype=torch.float32, device=place).reshape(WIDTH, WIDTH)
     half, eye = (a / WIDTH**2).bfloat16(), torch.eye(WIDTH, device=place)
-    _check("pytorch", bool(torch.allclose(a @ eye, a)))
-    _check("pytorch in bfloat16", bool(torch.equal(half @ eye.bfloat16(), half)))
+    check("pytorch", bool(torch.allclose(a @ eye, a)))
+    check("pytorch in bfloat16", bool(torch.equal(half @ eye.bfloat16(), half)))
     if importlib.util.find_spec("transformers") is None:
         return {"fact": f"computes on {place}"}
-    _check(f"pytorch on {place}", _llama_agrees(place))
+    check(f"pytorch on {place}", _llama_agrees(place))
     return {"fact": f"runs a tiny Llama on {place} in float32 and bfloat16"}
 
 
-def _llama_agrees(place: str) -> bool:
-    """Whether a random Llama gives in float32 and bfloat16 on `place` what it gives on the CPU."""
+def torch_lacks(device: str) -> str | None:
+    """Why this build of torch cannot use a kind of device; None if it can."""
+    import torch
+
+    kind = device.partition(":")[0]
+    if kind == "cuda" and not torch.cuda.is_available():
+        build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        return f"this build, {build}, sees no NVIDIA card"
+    if kind == "metal" and not torch.backends.mps.is_available():
+        return "this build sees no Metal device"
+    return None
+
+
+def tiny_llama() -> Any:
+    """A random Llama in float32, the same every time."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -154,7 +165,14 @@ def _llama_agrees(place: str) -> bool:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    model = LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).eval()
+
+
+def _llama_agrees(place: str) -> bool:
+    """Whether a random Llama gives in float32 and bfloat16 on `place` what it gives on the CPU."""
+    import torch
+
+    model = tiny_llama()
     tokens = torch.arange(BATCH)[None]
     with torch.inference_mode():
         right = model(tokens).logits
@@ -246,7 +264,7 @@ def write_tiny_gguf(path: Path) -> Path:
     return path
 
 
-def _check(name: str, right: bool) -> None:
+def check(name: str, right: bool) -> None:
     if not right:
         raise ShortstackError(f"{name} computes a wrong answer on this machine")
 
