@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shortstack import __version__
-from shortstack.errors import ShortstackError
+from shortstack.folder_lock import alone_in
 from shortstack.manifest import (
     MANIFEST,
     SCHEMA,
@@ -83,24 +82,3 @@ class RunFolder:
             wall_s = time.perf_counter() - start
             manifest = write_manifest(partial, name, key, {**facts, "wall_s": round(wall_s, 3)})
         return folder, manifest
-
-
-@contextlib.contextmanager
-def alone_in(path: Path) -> Iterator[None]:
-    """Hold a lock on the folder, which the kernel lets go of however the process ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two runs into one folder are the user's to avoid
-        yield
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ShortstackError(
-                f"another shortstack is at work in {path}. Wait for it or choose another output."
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
