@@ -24,12 +24,13 @@ class Capability:
     batch_at_depth: bool = True
     """Whether a batch takes prompts behind a cache that holds something."""
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Name of an option -> the words it takes; `N` stands for a whole number, `X` for a
-    number of at least 1, `FILE` for a path."""
+    """Name of an option -> the words it takes; `N` stands for a whole number, `MB` for any
+    number, `X` for one of at least 1, `FILE` for a path."""
 
 
 FREE: Mapping[str, Callable[[str], bool]] = {
     "N": str.isdigit,
+    "MB": lambda value: bool(NUMBER.fullmatch(value)),
     "X": lambda value: bool(NUMBER.fullmatch(value)) and float(value) >= 1,
     "FILE": bool,
 }
@@ -65,7 +66,7 @@ CAPABILITIES: Mapping[str, Capability] = {
             "head": ("auto", "direct", "lean", "int8", "stream", "plain"),
             "workers": ("auto", "N"),
             "plan": ("none", "FILE"),
-            "memory_budget_mb": ("none", "N"),
+            "memory_budget_mb": ("none", "MB"),
             "max_slowdown": ("none", "X"),
             "cuda_graph": ("off", "on"),
         },

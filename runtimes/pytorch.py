@@ -92,18 +92,23 @@ class PyTorchSession:
         return logits if all_logits else np.asarray(logits[-1])
 
     def decode(self, token: int) -> NDArray[np.float32]:
-        if self._cache is None:
-            raise ShortstackError("decode needs a prefill before it.")
+        self._check_begun("decode")
         return np.asarray(self._forward([[token]], keep=1)[0, -1])
 
     def extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        self._check_begun("extend")
         return np.asarray(self._forward([tokens], keep=1)[0, -1])
+
+    def _check_begun(self, step: str) -> None:
+        if self._cache is None:
+            raise ShortstackError(f"{step} needs a prefill before it.")
 
     def prefill_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         self._empty_cache()
         return self.extend_rows(rows)
 
     def extend_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        self._check_begun("extend")
         return np.asarray(self._forward(rows.tolist(), keep=1)[:, -1])
 
     def _empty_cache(self) -> None:

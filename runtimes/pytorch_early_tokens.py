@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shortstack.checkpoint import Checkpoint
 from shortstack.early_exit.checks import FOR_TOKENS, Checks, ModelHead
 from shortstack.early_exit.rule import Rule
+from shortstack.early_exit.rule_file import check_model
 from shortstack.early_exit.watched import Run, fill_cache, watched
 from shortstack.errors import ShortstackError, unknown
 from shortstack.runtimes.pytorch import PyTorchSession
@@ -24,17 +26,19 @@ FILLS = ("state", "zeros", "none")
 class EarlyTokenSession(PyTorchSession):
     """A PyTorchSession whose decode steps leave at the first check that holds.
 
-    Prompts run through all layers. `layers_run` and `steps` count what decode steps did.
+    Prompts run through all layers. `layers_run` and `steps` count what decode steps did. Raises
+    ShortstackError for a rule that was fitted to another model.
     """
 
     def __init__(self, path: Path, rule: Rule, *, fill: str = "state", **more: Any) -> None:
-        super().__init__(path, **more)
         if fill not in FILLS:
             raise unknown("fill of an early exit", fill, FILLS)
         if rule.check not in FOR_TOKENS:
             raise ShortstackError(
                 f"an early exit with the check {rule.check!r} is for questions. Fit one on text."
             )
+        check_model(rule, Checkpoint.open(path).sha256, str(path))
+        super().__init__(path, **more)
         self._n_layers = len(self._model.get_decoder().layers)
         if rule.layers[-1] >= self._n_layers:
             raise ShortstackError(

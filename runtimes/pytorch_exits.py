@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from shortstack.errors import ShortstackError
 from shortstack.exits.cost import DepthCost, RequestCost, deepest_within
 from shortstack.exits.folder import ExitFolder, read_exits
 from shortstack.runtimes.pytorch import PyTorchSession
@@ -65,8 +66,10 @@ class ExitsSession(PyTorchSession):
         `max_latency_ms`, by what layers cost here.
 
         The cost is measured at the first need for prompts of about this length (a power of 2), at
-        the least and the greatest depth. Raises ShortstackError where no depth is fast enough.
+        the least and the greatest depth. Raises ShortstackError where no depth is fast enough, and
+        for a request beyond the session's context.
         """
+        check_request(prompt_tokens, new_tokens, self._context_tokens, "the session's")
         layers_at = {depth: self._folder.layers_at(depth) for depth in self._folder.depths}
         cost = self.cost(prompt_tokens)
         self.depth = deepest_within(max_latency_ms, layers_at, cost, new_tokens)
@@ -113,6 +116,15 @@ class ExitsSession(PyTorchSession):
 
     def _show_depth(self) -> None:
         self._info |= {"depth": self._depth, "layers": self._folder.layers_at(self._depth)}
+
+
+def check_request(prompt_tokens: int, new_tokens: int, context: int | None, whose: str) -> None:
+    """Raise ShortstackError for a request that a context has no room for; None has room for all."""
+    if context is not None and prompt_tokens + new_tokens > context:
+        raise ShortstackError(
+            f"a prompt of {prompt_tokens} and {new_tokens} new tokens are "
+            f"{prompt_tokens + new_tokens}, {whose} context is {context} tokens. Ask for less."
+        )
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -149,7 +149,7 @@ def open_session(
             f"pytorch-packed cannot open {path}: it is no packed file. Pack a model: "
             "shortstack export MODEL --to packed -o OUT"
         )
-    budget = None if memory_budget_mb == NONE else int(memory_budget_mb)
+    budget = None if memory_budget_mb == NONE else float(memory_budget_mb)
     slowdown = None if max_slowdown == NONE else float(max_slowdown)
     chosen = None if plan == NONE else read_plan(Path(plan))
     if budget is not None or slowdown is not None:

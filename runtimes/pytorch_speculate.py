@@ -8,6 +8,7 @@ goes on from. One sequence at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -168,7 +169,16 @@ class ExitDrafter:
 def speculate(
     drafter: Drafter, prompt: Sequence[int], count: int, draft_tokens: int, device: Any
 ) -> Speculated:
-    """`count` tokens after the prompt, drafted `draft_tokens` at a time."""
+    """`count` tokens after the prompt, drafted `draft_tokens` at a time; of 0 tokens the margin is
+    infinite. Raises ShortstackError for a count below 0 and drafts of less than one token."""
+    _check_counts(prompt, count)
+    if draft_tokens < 1:
+        raise ShortstackError(
+            f"drafts of {draft_tokens} tokens say nothing to verify. Draft at least 1, or generate "
+            "without speculation."
+        )
+    if not count:
+        return Speculated((), 0, 0, 0, math.inf)
     with torch.inference_mode():
         logits = drafter.start(torch.tensor([list(prompt)], device=device))
         tokens = [int(logits.argmax())]
@@ -192,6 +202,9 @@ def speculate(
 
 def greedy(model: Any, prompt: Sequence[int], count: int, device: Any) -> tuple[int, ...]:
     """The whole model's own tokens, one at a time: what speculation is held against."""
+    _check_counts(prompt, count)
+    if not count:
+        return ()
     with torch.inference_mode():
         cache = _new_cache(model)
         ids = torch.tensor([list(prompt)], device=device)
@@ -200,6 +213,14 @@ def greedy(model: Any, prompt: Sequence[int], count: int, device: Any) -> tuple[
             ids = _logits(model, ids, cache)[-1:].argmax(-1, keepdim=True)
             tokens.append(ids)
         return tuple(torch.cat(tokens, 1)[0].tolist())
+
+
+def _check_counts(prompt: Sequence[int], count: int) -> None:
+    if count < 0 or not prompt:
+        raise ShortstackError(
+            f"{count} tokens after a prompt of {len(prompt)} cannot be generated. Give a prompt of "
+            "at least one token, and 0 or more to generate."
+        )
 
 
 def _agreed(guessed: Sequence[int], said: Sequence[int]) -> int:

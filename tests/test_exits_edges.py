@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tests.exits import make_exits
 
+from shortstack.cli import main
 from shortstack.errors import ShortstackError
 from shortstack.exits.cost import DepthCost, RequestCost, deepest_within
 from shortstack.exits.folder import FACTS, read_exits, split_depth
+from shortstack.intake import resolve
+from shortstack.runtimes import open_session
+from shortstack.runtimes.pytorch_exits import ExitsSession
 
 
 def test_an_exit_that_runs_all_layers_gives_way_to_the_whole_model() -> None:
@@ -34,3 +39,49 @@ def test_a_number_that_no_model_has_layers_of_names_no_exit(
     exits = make_exits(tiny, tmp_path / "exits").path
     path = Path(f"{exits}@{depth}")
     assert split_depth(path) == (path, None)
+
+
+def test_a_folder_named_as_an_exit_does_not_hide_it(tiny: Path, tmp_path: Path) -> None:
+    make_exits(tiny, tmp_path / "exits")
+    (tmp_path / "exits@2").mkdir()
+    (tmp_path / "exits@3").mkdir()
+    with pytest.raises(ShortstackError, match="also a name of depth 2 of the exits in"):
+        resolve(str(tmp_path / "exits@2"))
+    assert resolve(str(tmp_path / "exits@3"))[0] == "folder"  # there is no such exit to hide
+
+
+def test_an_exit_may_be_exported_to_its_own_name(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exits = make_exits(tiny, tmp_path / "exits").path
+    named = f"{exits}@2"
+    assert main(["exits", "export", str(exits), "--exit", "2", "-o", named, "--json"]) == 0
+    assert resolve(named) == ("folder", named)
+
+
+def test_a_request_beyond_the_context_is_refused_before_anything_is_measured(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exits = make_exits(tiny, tmp_path / "exits").path
+    with open_session(exits, "pytorch", threads=1, context_tokens=32) as session:
+        assert isinstance(session, ExitsSession)
+        said = "a prompt of 24 and 9 new tokens are 33, the session's context is 32 tokens"
+        with pytest.raises(ShortstackError, match=said):
+            session.choose(1e6, prompt_tokens=24, new_tokens=9)
+        assert session.choose(1e6, prompt_tokens=24, new_tokens=8) == 6
+    words = ("--max-latency-ms", "1e6", "--prompt-tokens", "128", "--new-tokens", "100000")
+    assert main(["exits", "choose", str(exits), *words]) == 2
+    told = capsys.readouterr().err
+    assert "a prompt of 128 and 100000 new tokens are 100128, the model's context is" in told
+
+
+@pytest.mark.parametrize("step", ["extend", "extend_rows", "decode"])
+def test_no_step_goes_on_behind_a_change_of_depth(tiny: Path, tmp_path: Path, step: str) -> None:
+    exits = make_exits(tiny, tmp_path / "exits").path
+    given = {"extend": [1, 2], "extend_rows": np.array([[1, 2]]), "decode": 1}[step]
+    with open_session(exits, "pytorch", threads=1, context_tokens=32) as session:
+        assert isinstance(session, ExitsSession)
+        session.prefill([1, 2, 3])
+        session.depth = 2
+        with pytest.raises(ShortstackError, match="needs a prefill before it"):
+            getattr(session, step)(given)

@@ -91,3 +91,26 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
             RunFolder.claim(out, {}, Quiet()).__enter__()
     with RunFolder.claim(out, {}, Quiet()):
         pass
+
+
+def test_a_folder_that_another_run_fills_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with staged(folder, "step") as partial:
+        (partial / "file").write_text("first")
+        with pytest.raises(ShortstackError, match=f"another shortstack is at work in {folder}"):
+            build(folder, "second")
+        write_manifest(partial, "step", "first", {})
+    assert (folder / "file").read_text() == "first"
+    assert finished(folder, "first") is not None
+    build(folder, "second")  # nobody else is at work any more
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_run_left_is_no_part_of_the_next(tmp_path: Path) -> None:
+    left = tmp_path / ".out.partial"
+    (left / "deep").mkdir(parents=True)
+    (left / "deep" / "file").write_text("old")
+    (left / "link").symlink_to(tmp_path)
+    build(tmp_path / "out", "key")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["file", "shortstack.json"]
+    assert not left.exists()

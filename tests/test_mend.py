@@ -66,7 +66,7 @@ def test_a_second_run_keeps_what_was_healed(done: tuple[Path, dict[str, Any]], t
     [
         ({"repair": {"method": "glue"}}, "unknown repair 'glue'"),
         ({"heal": {**HEAL, "train": "hands"}}, "unknown choice of what to train 'hands'"),
-        ({"heal": {**HEAL, "options": {"rat": 1}}}, "unknown option of heal 'rat'"),
+        ({"heal": {**HEAL, "options": {"rat": 1}}}, "unknown option of training 'rat'"),
         ({"heal": {**HEAL, "window_tokens": 10**6}}, "training text holds no 1000000 tokens"),
         ({"heal": {**HEAL, "general": "none.txt"}}, "cannot read the text file none.txt"),
     ],

@@ -1,7 +1,8 @@
-"""Original against pruned: same export, same runtime, same work, same machine, or not at all."""
+"""Original against pruned or an exit: same export, runtime, work and machine, or not at all."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,6 +30,8 @@ class Comparison:
     """Peak resident memory, original over pruned; medians of the memory trials."""
     paired: bool = False
     reason: str | None = None
+    label: str = PRUNED
+    """What the original is compared with: pruned, or an exit."""
 
     @property
     def gain_over_bytes(self) -> Interval | None:
@@ -41,14 +44,16 @@ class Comparison:
 
 
 def speedups(entries: Sequence[Entry]) -> list[Comparison]:
-    """Pair original and pruned entries of one export and runtime, in order of appearance."""
+    """Pair the original's entry with each other one of an export and runtime, in order of
+    appearance."""
     sides: dict[tuple[str, str], dict[str, Entry]] = {}
     for entry in entries:
         sides.setdefault(entry.group, {})[entry.label] = entry
     return [
-        _compare(pair[ORIGINAL], pair[PRUNED])
-        for pair in sides.values()
-        if ORIGINAL in pair and PRUNED in pair
+        dataclasses.replace(_compare(side[ORIGINAL], entry), label=label)
+        for side in sides.values()
+        for label, entry in side.items()
+        if ORIGINAL in side and label != ORIGINAL
     ]
 
 

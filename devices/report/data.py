@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +82,11 @@ class ReportData:
     plan: Mapping[str, Any] | None = None
     """`n_layers`, `drop`, `method`, `scores` (one a layer or none, higher means keep), `facts`."""
     quality: Quality | None = None
+    exits: Mapping[str, Any] | None = None
+    """`init`, `tokens`, `steps`, `best_step` and `depths`, the whole model last: `depth`, `layers`,
+    `kl`, `perplexity`, `same_token` on selection text, `unseen_perplexity` on the test part."""
+    early_exit: Sequence[Mapping[str, Any]] | None = None
+    """One a test set, as in early_exit.json without the answers."""
     host: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     recipe: Mapping[str, Any] | None = None

@@ -32,7 +32,8 @@ DEFINITIONS: Facts = [
     ),
     (
         "Speed-up",
-        "the median over rounds of the ratio between neighbours, pruned and original, so that slow "
+        "the median over rounds of the ratio between neighbours, original and what it is "
+        "compared with, so that slow "
         "drift of the machine cancels out; 95 % interval by bootstrap over rounds.",
     ),
     (

@@ -11,7 +11,15 @@ from shortstack.devices.report.charts import Bar, Group, bar_chart, number
 from shortstack.devices.report.compare import Comparison
 from shortstack.devices.report.data import Entry, ReportData
 from shortstack.devices.report.layers import is_wide, layer_chart
-from shortstack.devices.report.view import TIMES, factor, megabytes, percent, spec_name
+from shortstack.devices.report.view import (
+    TIMES,
+    compared_name,
+    factor,
+    megabytes,
+    other_word,
+    percent,
+    spec_name,
+)
 from shortstack.devices.stats import median, median_interval
 
 
@@ -25,7 +33,9 @@ class Figure:
     legend: tuple[tuple[str, str], ...] = ()
 
 
-PAIR = (("original", "original"), ("pruned", "pruned"))
+def pair(entries: Sequence[Entry]) -> tuple[tuple[str, str], ...]:
+    """The legend: the original, and what is less deep."""
+    return (("original", "original"), ("pruned", other_word(e.label for e in entries)))
 
 
 def figures(data: ReportData, comparisons: Sequence[Comparison]) -> list[Figure]:
@@ -56,7 +66,7 @@ def decode_speed(entries: Sequence[Entry]) -> Figure | None:
         )
 
     note = "Tokens a second after the first token, batch 1. Whiskers: 95 % interval of the median."
-    return _grouped("Decode speed", note, entries, bar, "tokens/s", PAIR)
+    return _grouped("Decode speed", note, entries, bar, "tokens/s", pair(entries))
 
 
 def gain_over_bytes(comparisons: Sequence[Comparison], names: Mapping[str, str]) -> Figure | None:
@@ -67,7 +77,7 @@ def gain_over_bytes(comparisons: Sequence[Comparison], names: Mapping[str, str])
         speed = c.decode_speedup
         groups.append(
             Group(
-                f"{names.get(c.spec, c.spec)} \N{MIDDLE DOT} {c.runtime}",
+                f"{compared_name(c, names)} \N{MIDDLE DOT} {c.runtime}",
                 (
                     Bar(
                         "gain",
@@ -83,11 +93,13 @@ def gain_over_bytes(comparisons: Sequence[Comparison], names: Mapping[str, str])
     if not groups:
         return None
     note = (
-        "Decode speed-up of pruned over original; the line marks the ratio of weight bytes that a "
-        "token reads, which is the speed-up to hope for. The share is speed-up over that ratio."
+        f"Decode speed-up of {other_word(c.label for c in comparisons)} over original; the line "
+        "marks the ratio of weight bytes that a token reads, which is the speed-up to "
+        "hope for. The share is speed-up over that ratio."
     )
     said = "; ".join(
-        f"{c.spec} in {c.runtime}: {factor(c.decode_speedup)} of {factor(c.bytes_ratio)}"
+        f"{compared_name(c, {})} in {c.runtime}: {factor(c.decode_speedup)} of "
+        f"{factor(c.bytes_ratio)}"
         for c in comparisons
     )
     image = bar_chart("Speed-up against bytes saved", said, groups, TIMES)
@@ -111,9 +123,10 @@ def memory(entries: Sequence[Entry]) -> Figure | None:
         "Resident at the moment of the largest total. Anonymous memory must stay in RAM; "
         "file-backed pages (mapped weights, libraries) can be dropped and read again."
     )
+    other = other_word(e.label for e in entries)
     legend = (
         *(("original", "original, anonymous"), ("original file", "original, file-backed")),
-        *(("pruned", "pruned, anonymous"), ("pruned file", "pruned, file-backed")),
+        *(("pruned", f"{other}, anonymous"), ("pruned file", f"{other}, file-backed")),
     )
     return _grouped("Peak memory", note, entries, bar, "MB", legend)
 
@@ -127,7 +140,9 @@ def size(entries: Sequence[Entry]) -> Figure | None:
 
     once = {(e.spec, e.label): e for e in reversed(entries)}
     kept = [e for e in entries if once[e.spec, e.label] is e]
-    return _grouped("Size on disk", "All files of the artifact.", kept, bar, "MB", PAIR, spec_name)
+    return _grouped(
+        "Size on disk", "All files of the artifact.", kept, bar, "MB", pair(kept), spec_name
+    )
 
 
 def perplexity(data: ReportData) -> Figure | None:
@@ -149,7 +164,7 @@ def perplexity(data: ReportData) -> Figure | None:
         return None
     note = "On text that no earlier step has seen. Lower is better; each file in its own runtime."
     image = bar_chart("Perplexity", _said(groups, ""), groups, "")
-    return Figure("Perplexity", note, image, PAIR)
+    return Figure("Perplexity", note, image, pair(data.entries))
 
 
 def layer_scores(data: ReportData) -> Figure | None:

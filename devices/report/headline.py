@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from shortstack.devices.report import depth
 from shortstack.devices.report.charts import number
 from shortstack.devices.report.compare import Comparison
 from shortstack.devices.report.data import ReportData
-from shortstack.devices.report.view import TIMES, factor
+from shortstack.devices.report.view import TIMES, compared_name, factor
 from shortstack.devices.stats import Interval
 
 SAME = 0.005
@@ -28,7 +29,13 @@ def cut_words(data: ReportData) -> str:
 
 
 def headline(data: ReportData) -> str:
-    """One sentence on quality. Worse is said first and with its size."""
+    """One sentence on quality, and on depth that is a choice. Worse is said first and with its
+    size."""
+    said = [] if data.plan is None and (data.exits or data.early_exit) else [_cut(data)]
+    return " ".join([*said, depth.headline(data)]).strip()
+
+
+def _cut(data: ReportData) -> str:
     subject = " ".join(filter(None, (data.model.name, cut_words(data))))
     quality = data.quality
     if quality is None:
@@ -69,7 +76,7 @@ def _speed(comparisons: Sequence[Comparison], names: Mapping[str, str]) -> str:
         unsure = sum(_unsure(speed) for _, speed in known)
         tail = f" (in {unsure} of {len(known)} within the error of no change)" if unsure else ""
         return f"decode speed is {words} {TIMES}{tail}"
-    each = [f"{_said(speed)} as {names.get(c.spec, c.spec)} in {c.runtime}" for c, speed in known]
+    each = [f"{_said(speed)} as {compared_name(c, names)} in {c.runtime}" for c, speed in known]
     return f"decode speed is {', '.join(each)}"
 
 

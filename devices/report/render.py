@@ -9,10 +9,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from shortstack.devices.report import details, view
+from shortstack.devices.report import depth, details, view
 from shortstack.devices.report.charts import number
 from shortstack.devices.report.compare import Comparison, speedups
-from shortstack.devices.report.data import ORIGINAL, PRUNED, ReportData
+from shortstack.devices.report.data import ORIGINAL, ReportData
 from shortstack.devices.report.figures import figures, layer_scores
 from shortstack.devices.report.headline import gains, headline
 from shortstack.devices.report.markdown import finite, md, md_facts, md_table
@@ -88,6 +88,7 @@ def _content(data: ReportData) -> dict[str, Any]:
     comparisons = speedups(data.entries)
     names = {entry.spec: view.spec_name(entry) for entry in data.entries}
     tables = (
+        *depth.tables(data),
         view.comparison_table(comparisons, names),
         view.speed_table(data.entries),
         view.size_table(data.entries),
@@ -95,7 +96,10 @@ def _content(data: ReportData) -> dict[str, Any]:
     return {
         "data": data,
         "headline": headline(data),
-        "gains": gains(comparisons, names),
+        "gains": " ".join(
+            [depth.gains(data.early_exit)] * bool(data.early_exit)
+            + [gains(comparisons, names)] * bool(data.entries or not data.early_exit)
+        ),
         "warnings": details.warnings(data),
         "result_tables": [table for table in tables if table.rows],
         "verified": view.verification_table(data.entries),
@@ -118,10 +122,10 @@ def _cards(data: ReportData) -> list[dict[str, str]]:
         if c.decode_speedup is None:
             continue
         speed = c.decode_speedup
-        both = [found.get((c.spec, c.runtime, label)) for label in (ORIGINAL, PRUNED)]
+        both = [found.get((c.spec, c.runtime, label)) for label in (ORIGINAL, c.label)]
         cards.append(
             {
-                "name": names.get(c.spec, c.spec),
+                "name": view.compared_name(c, names),
                 "runtime": c.runtime,
                 "value": f"{speed.estimate:.2f}",
                 "interval": f"{speed.low:.2f} to {speed.high:.2f}",

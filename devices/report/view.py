@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shortstack.devices.measurement import Measurement
 from shortstack.devices.report.charts import number
 from shortstack.devices.report.compare import Comparison, peak_bytes
-from shortstack.devices.report.data import Entry
+from shortstack.devices.report.data import ORIGINAL, PRUNED, Entry
 from shortstack.devices.stats import Interval, drift, median, median_interval, spread
 from shortstack.recipe import QUANTIZED
 
@@ -37,6 +37,19 @@ def spec_name(entry: Entry) -> str:
     name = f"{FORMATS.get(spec['format'], spec['format'])} {spec['precision']}"
     quantized = ["quantized"] if entry.spec.endswith(QUANTIZED) else []
     return ", ".join([name, *options, *quantized])
+
+
+def compared_name(comparison: Comparison, names: Mapping[str, str]) -> str:
+    """The export; where it is not the pruned model's, of which exit."""
+    name = names.get(comparison.spec, comparison.spec)
+    return name if comparison.label == PRUNED else f"{name}, {comparison.label}"
+
+
+def other_word(labels: Iterable[str]) -> str:
+    """What the original is held against, in one word or two."""
+    seen = set(labels) - {ORIGINAL}
+    words = ["pruned"] * (PRUNED in seen or not seen) + ["exit"] * bool(seen - {PRUNED})
+    return " or ".join(words)
 
 
 def megabytes(value: float | None) -> str:
@@ -122,7 +135,7 @@ def size_table(entries: Sequence[Entry]) -> Table:
 def comparison_table(comparisons: Sequence[Comparison], names: Mapping[str, str]) -> Table:
     rows = tuple(
         (
-            names.get(c.spec, c.spec),
+            compared_name(c, names),
             c.runtime,
             factor(c.decode_speedup) if c.reason is None else c.reason,
             factor(c.bytes_ratio),
@@ -143,7 +156,8 @@ def comparison_table(comparisons: Sequence[Comparison], names: Mapping[str, str]
         ),
         *("Prefill speed-up", "File size", "Peak memory"),
     )
-    caption = "Original over pruned: above 1 the pruned model is faster or smaller"
+    other = other_word(c.label for c in comparisons)
+    caption = f"Original over {other}: above 1 the {other} model is faster or smaller"
     return Table(caption, columns, rows, 2)
 
 

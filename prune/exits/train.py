@@ -96,10 +96,16 @@ def train_exits(
 def check_training(base: Checkpoint, choice: ExitChoice, settings: HealSettings) -> None:
     """Raise ShortstackError for what cannot be trained, before anything is loaded."""
     check_exits(choice.exits, base.n_layers)
-    if (choice.init == "none") != (settings.tokens == 0):
+    if choice.init == "none" and settings.tokens:
         raise ShortstackError(
-            "exits of --init none are the model's own norm and head, nothing of them is trained: "
-            "leave --tokens out. Other exits need it."
+            "exits of init none are the model's own norm and head, nothing of them is trained, "
+            f"and {settings.tokens:,} tokens to train on are asked for. Leave them out, or choose "
+            "another init."
+        )
+    if choice.init != "none" and not settings.tokens:
+        raise ShortstackError(
+            f"exits of init {choice.init} have to be trained, and tokens is 0. Say on how many, "
+            "e.g. --tokens 20000000."
         )
 
 

@@ -26,7 +26,7 @@ class Position:
     best: float | None = None
     best_step: int = 0
     recent: list[float] = field(default_factory=list)
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
     trained_s: float = 0.0
     wall_s: float = 0.0
     micro_windows: int | None = None

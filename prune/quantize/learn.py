@@ -162,12 +162,14 @@ class Learner:
 
     def _facts(self) -> dict[str, Any]:
         at = self._position
+        if at.best is None:
+            self._note("no state has the bits asked for and a finite KL: the start is kept")
         return {
             "steps": at.step,
             "best_step": at.best_step,
             "tokens_seen": at.step * self._batch * self._windows.shape[1],
             "kl_held_out_before": at.before,
-            "kl_held_out_after": at.best,
+            "kl_held_out_after": at.before if at.best is None else at.best,
             "wall_s": round(at.wall_s, 1),
             "device": str(self._device),
             "history": at.history,
@@ -225,19 +227,27 @@ class Learner:
         return total / self._held[:, 1:].numel()
 
     def _check(self) -> None:
-        """Look at held-out windows, keep the state if it is the best, then set its bits right."""
+        """Look at held-out windows, keep the state if it is the best, then set its bits right.
+
+        The best is the nearest to the original of those that fit the bits; where none does, the
+        start, which took what was asked for as far as rounding could.
+        """
         at, model = self._position, self.model
         kl, bits = self._divergence(), model.bits() / model.n_codes
         wanted = self._wanted / model.n_codes
-        at.history.append({"step": at.step, "kl": kl, "bits": bits})
+        first, finite = not at.history, math.isfinite(kl)
+        at.history.append({"step": at.step, "kl": kl if finite else None, "bits": bits})
         if at.recent:
             at.history[-1]["loss"] = sum(at.recent) / len(at.recent)
             at.recent.clear()
-        at.before = kl if at.before is None else at.before
-        fits = bits < wanted + TOLERANCE
-        if at.best is None or (fits and kl < at.best):
+        if first and finite:
+            at.before = kl
+        fits = finite and bits < wanted + TOLERANCE
+        better = fits and (at.best is None or kl < at.best)
+        if first or better:
             at.best_step, self._best = at.step, model.snapshot()
-            at.best = kl if fits else None
+        if better:
+            at.best = kl
         self._note(f"step {at.step}: KL {kl:.5f} nats a token held out, {bits:.4f} bits a code")
         if at.step < LAST_STRETCH * self.steps and abs(bits - wanted) > SLACK:
             for matrix in model.matrices.values():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shortstack import mend, prune, quantizing
+from shortstack import early_exit_steps, exit_steps, mend, prune, quantizing
 from shortstack.certify import require_pytorch
 from shortstack.checkpoint import Checkpoint
 from shortstack.devices.host import check_threads
@@ -35,9 +35,12 @@ def refuse(recipe: Recipe, out: Path) -> None:
     require_pytorch()
     mend.check(recipe)
     quantizing.check(recipe)
+    early_exit_steps.check(recipe)
     preview = preview_model(recipe.model)
+    exit_steps.check(recipe, preview)
     if preview is None:  # a hub model: its size is checked when it is downloaded
-        prune.planner(recipe.prune.method)
+        if recipe.prune is not None:
+            prune.planner(recipe.prune.method)
         return
     check_context(recipe, preview.checkpoint)
     rows = predict_steps(recipe, preview)
@@ -50,6 +53,7 @@ def refuse(recipe: Recipe, out: Path) -> None:
 def check_opened(recipe: Recipe, original: Checkpoint) -> None:
     """Refuse what headers alone could not tell: a hub model's context, a tokenizer's rules."""
     check_context(recipe, original)
+    exit_steps.check_opened(recipe, original)
     for wanted in recipe.export:
         exporter(wanted.spec.format).check(original, wanted.spec)
 
@@ -57,7 +61,9 @@ def check_opened(recipe: Recipe, original: Checkpoint) -> None:
 def check_context(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """Refuse to run a model, or an artifact of it, beyond the positions that it is right for."""
     context = context_tokens(checkpoint.config, windowed=True)
-    _check_length("prune.window_tokens", recipe.prune.window_tokens, "the model's", context)
+    for name in ("prune", "exits"):
+        if (part := getattr(recipe, name)) is not None:
+            _check_length(f"{name}.window_tokens", part.window_tokens, "the model's", context)
     bench = recipe.bench.prompt_tokens + recipe.bench.decode_tokens
     for wanted in recipe.export:
         context = exporter(wanted.spec.format).context_tokens(checkpoint, wanted.spec)
@@ -88,14 +94,13 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     """Predict each step's result: size, peak memory, disk at its worst moment. Writes nothing."""
     preview = preview_or_refuse(recipe.model)
     rows = predict_steps(recipe, preview)
-    original = preview.checkpoint
-    pruned = preview_cut(original, recipe.prune)
+    models = preview_models(recipe, preview.checkpoint)
     return {
         "model": recipe.model,
-        "method": recipe.prune.method,
-        "drop": recipe.prune.drop,
-        "n_layers": {"original": original.n_layers, "pruned": pruned.n_layers},
-        "n_params": {"original": original.n_params, "pruned": pruned.n_params},
+        "method": recipe.prune.method if recipe.prune else None,
+        "drop": recipe.prune.drop if recipe.prune else None,
+        "n_layers": {label: model.n_layers for label, model in models.items()},
+        "n_params": {label: model.n_params for label, model in models.items()},
         "steps": rows,
         "size_bytes": sum(row["size_bytes"] for row in rows),
         "peak_ram_bytes": max(row["peak_ram_bytes"] for row in rows),
@@ -115,16 +120,20 @@ def preview_or_refuse(model: str) -> Preview:
 def predict_steps(recipe: Recipe, preview: Preview) -> list[dict[str, Any]]:
     """One row a step: what it writes, and the memory and disk it needs meanwhile."""
     original = preview.checkpoint
-    pruned = preview_cut(original, recipe.prune)
+    models = preview_models(recipe, original)
     rows = []
     if preview.materialised_bytes:
         rows.append(_row("model", preview.materialised_bytes, 2**28))
-    cut = prune.predict_prune(original, _stand_in(original, recipe.prune))
-    rows.append(
-        _row("pruned/checkpoint", cut["output_bytes"], cut["peak_ram_bytes"], cut["disk_bytes"])
-    )
-    rows += _mending(recipe, original, pruned, cut["output_bytes"])
-    for label, checkpoint in (("original", original), ("pruned", pruned)):
+    if recipe.early_exit is not None:
+        rows.append(_row("early-exit", 2**20, 5 * original.n_params + 2**29))
+    if recipe.prune is not None:
+        cut = prune.predict_prune(original, _stand_in(original, recipe.prune))
+        rows.append(_row("pruned/checkpoint", *_needs(cut)))
+        rows += _mending(recipe, original, models["pruned"], cut["output_bytes"])
+    if recipe.exits is not None:
+        predicted = exit_steps.predict(original, recipe.exits)
+        rows += [_row(name, *_needs(made)) for name, made in predicted]
+    for label, checkpoint in models.items():
         plain = [wanted for wanted in recipe.export if not recipe.takes_codes(wanted)]
         rows += _exports(recipe, label, checkpoint, plain)
         coded = [wanted for wanted in recipe.export if recipe.takes_codes(wanted)]
@@ -133,6 +142,22 @@ def predict_steps(recipe: Recipe, preview: Preview) -> list[dict[str, Any]]:
             rows.append(_row(f"{label}/quantized", made["size_bytes"], made["peak_ram_bytes"]))
             rows += _exports(recipe, label, quantizing.preview(checkpoint), coded)
     return rows
+
+
+def preview_models(recipe: Recipe, original: Checkpoint) -> dict[str, Checkpoint]:
+    """Every model that is exported, by label, as headers."""
+    models = {"original": original}
+    if recipe.prune is not None:
+        models["pruned"] = preview_cut(original, recipe.prune)
+    if recipe.exits is not None:
+        for exit in recipe.exits.chosen:
+            label = exit_steps.label_of(exit)
+            models[label] = exit_steps.preview(original, recipe.exits, exit)
+    return models
+
+
+def _needs(predicted: Mapping[str, int]) -> tuple[int, int, int]:
+    return predicted["output_bytes"], predicted["peak_ram_bytes"], predicted["disk_bytes"]
 
 
 def _exports(

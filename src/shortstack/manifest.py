@@ -13,6 +13,7 @@ from typing import Any
 
 from shortstack import __version__
 from shortstack.errors import ShortstackError
+from shortstack.folder_lock import alone_in
 
 MANIFEST = "shortstack.json"
 SCHEMA = 1
@@ -149,25 +150,39 @@ def staged(folder: Path, step: str) -> Iterator[Path]:
     `step` is the manifest's: only the result of the same step is replaced.
 
     On any exception, Ctrl-C included, the temporary folder is removed. What an earlier run left
-    after a hard kill is removed first.
+    after a hard kill is removed first. Raises ShortstackError while another one fills it.
     """
     check_ours(folder, step)
     folder = folder.resolve()
     partial = folder.with_name(f".{folder.name}.partial")
     made = _make_parents(folder.parent)
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir()
-        yield partial
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-        made = []
+        with _alone_in_new(partial, folder):
+            try:
+                yield partial
+                if folder.exists():
+                    shutil.rmtree(folder)
+                os.replace(partial, folder)
+                made = []
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         for parent in reversed(made):
             with contextlib.suppress(OSError):  # another step may have put something there
                 parent.rmdir()
+
+
+@contextlib.contextmanager
+def _alone_in_new(partial: Path, folder: Path) -> Iterator[None]:
+    """Make `partial` an empty folder that no other process uses meanwhile."""
+    partial.mkdir(exist_ok=True)
+    with alone_in(partial, folder):
+        for left in partial.iterdir():
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+        yield
 
 
 def _make_parents(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from shortstack.progress import OnProgress
 from shortstack.prune.plan import PrunePlan
 from shortstack.prune.repair import CHOICES
 from shortstack.recipe import HealRecipe, Recipe, RepairRecipe
+from shortstack.recipe_sections import TrainingRecipe
 from shortstack.run_folder import RunFolder
 from shortstack.text import Corpus, open_corpus
 from shortstack.tokens import Encoder
@@ -27,7 +28,7 @@ def check(recipe: Recipe) -> None:
         raise unknown("repair", recipe.repair.method, CHOICES)
     if recipe.heal is not None:
         require(("torch", "transformers", "accelerate"), "heal", "healing")
-        _settings(recipe.heal, recipe.seed)
+        training_settings(recipe.heal, recipe.seed)
 
 
 def check_text(recipe: Recipe, original: Checkpoint, corpus: Corpus) -> None:
@@ -35,7 +36,7 @@ def check_text(recipe: Recipe, original: Checkpoint, corpus: Corpus) -> None:
     if recipe.repair is not None:
         _repair_windows(recipe.repair, original, corpus)
     if recipe.heal is not None:
-        _heal_windows(recipe.heal, recipe.seed, original, corpus)
+        training_windows(recipe.heal, recipe.seed, original, corpus)
 
 
 def mended(
@@ -99,8 +100,8 @@ def _heal(
     """A killed run goes on from what it saved here."""
 
     def make(partial: Path, progress: OnProgress) -> dict[str, Any]:
-        train, selection = _heal_windows(choice, recipe.seed, cut, corpus)
-        settings = _settings(choice, recipe.seed)
+        train, selection = training_windows(choice, recipe.seed, cut, corpus)
+        settings = training_settings(choice, recipe.seed)
         _, facts = heal(
             *(cut, original, train, selection, partial, settings),
             progress=progress,
@@ -119,18 +120,20 @@ def _heal(
     return Checkpoint.open(where)
 
 
-def _settings(choice: HealRecipe, seed: int) -> Any:
+def training_settings(choice: TrainingRecipe, seed: int) -> Any:
+    """What a section of a recipe says, as `HealSettings`. Raises ShortstackError for an option that
+    these do not have."""
     from shortstack.prune.heal.settings import HealSettings
 
     known = {field.name for field in dataclasses.fields(HealSettings)}
     wrong = sorted(set(choice.options) - known)
     if wrong:
-        raise unknown("option of heal", wrong[0], known)
-    named = choice.model_dump(exclude={"general", "share", "options"})
+        raise unknown("option of training", wrong[0], known)
+    named = choice.model_dump(include=known)
     try:
         return HealSettings(**{"seed": seed, **named, **choice.options})
     except TypeError as error:  # a text where a number belongs
-        raise ShortstackError(f"heal: {error}. Mend the option.") from None
+        raise ShortstackError(f"options of training: {error}. Mend the option.") from None
 
 
 def _repair_windows(
@@ -143,8 +146,8 @@ def _repair_windows(
     )
 
 
-def _heal_windows(
-    choice: HealRecipe, seed: int, checkpoint: Checkpoint, corpus: Corpus
+def training_windows(
+    choice: TrainingRecipe, seed: int, checkpoint: Checkpoint, corpus: Corpus
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Windows to train on, the user's and general text mixed, and those to choose the best on."""
     from shortstack.prune.heal.data import Documents, healing_windows
@@ -154,7 +157,7 @@ def _heal_windows(
         # the best state is the best on the user's text: general text is only learnt from
         general = Documents(open_corpus(choice.general).calibration, (), ())
     return healing_windows(
-        *(own, general, Encoder(checkpoint), _settings(choice, seed)),
+        *(own, general, Encoder(checkpoint), training_settings(choice, seed)),
         share=choice.share,
         selection_windows=SELECTION_WINDOWS,
     )

@@ -6,15 +6,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from shortstack import forecast, mend, quantizing, reporting, steps
+from shortstack import early_exit_steps, exit_steps, forecast, mend, quantizing, reporting, steps
+from shortstack.checkpoint import Checkpoint
 from shortstack.devices.report import write_report
 from shortstack.progress import Display
+from shortstack.prune.plan import PrunePlan
 from shortstack.recipe import Recipe
 from shortstack.run_folder import RunFolder
+from shortstack.text import Corpus
 
 
 def run(recipe: Recipe, out: Path, display: Display, command: str = "") -> dict[str, Any]:
-    """Plan, cut, repair, heal, quantize, export, verify, measure, report.
+    """Plan, cut, repair, heal, train exits, quantize, export, verify, measure, report; fit an early
+    exit and evaluate it.
 
     Returns the figures and the report's path.
 
@@ -30,10 +34,11 @@ def run(recipe: Recipe, out: Path, display: Display, command: str = "") -> dict[
         steps.check_text(recipe, original, corpus)
         mend.check_text(recipe, original, corpus)
         quantizing.check_text(recipe, original, corpus)
-        plan = steps.plan(folder, recipe.prune, original, corpus)
-        cut = steps.cut(folder, original, plan)
-        pruned = mend.mended(folder, recipe, original, cut, plan, corpus)
-        models = {"original": original, "pruned": pruned}
+        exit_steps.check_text(recipe, original, corpus)
+        left = early_exit_steps.evaluated(folder, recipe, original)
+        plan, models = _cut(folder, recipe, original, corpus)
+        exits = exit_steps.trained(folder, recipe, original, corpus)
+        models |= exit_steps.models(folder, recipe, original, exits)
         coded = {}
         if any(map(recipe.takes_codes, recipe.export)):
             coded = {
@@ -50,8 +55,25 @@ def run(recipe: Recipe, out: Path, display: Display, command: str = "") -> dict[
             for wanted in recipe.export
         ]
         shutil.rmtree(out / steps.REFERENCES, ignore_errors=True)
-        measured = steps.bench(folder, recipe, exported, original, corpus)
-        data = reporting.collect(recipe, corpus, plan, models, exported, measured, command)
+        exported += exit_steps.depths(recipe, exits)
+        measured = steps.bench(folder, recipe, exported, original, corpus) if exported else []
+        data = reporting.collect(
+            *(recipe, corpus, plan, models, exported, measured, command),
+            exits=exit_steps.facts(exits, exported),
+            early_exit=left,
+        )
         failures = [e.failure for e in exported if e.failure]
         failures += [m.failure.message for m in measured if m.failure]
         return reporting.summary(data, write_report(data, out), failures)
+
+
+def _cut(
+    folder: RunFolder, recipe: Recipe, original: Checkpoint, corpus: Corpus
+) -> tuple[PrunePlan | None, dict[str, Checkpoint]]:
+    """The plan, and the models by label: the original and, where the recipe prunes, the cut one."""
+    if recipe.prune is None:
+        return None, {"original": original}
+    plan = steps.plan(folder, recipe.prune, original, corpus)
+    cut = steps.cut(folder, original, plan)
+    pruned = mend.mended(folder, recipe, original, cut, plan, corpus)
+    return plan, {"original": original, "pruned": pruned}

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from shortstack.artifact import ExportSpec
 from shortstack.errors import ShortstackError, one_line, unknown
+from shortstack.recipe_sections import EarlyExitRecipe as EarlyExitRecipe
+from shortstack.recipe_sections import ExitsRecipe as ExitsRecipe
+from shortstack.recipe_sections import Strict, TrainingRecipe
 
 Part = TypeVar("Part", bound=BaseModel)
 QUANTIZED = "-quantized"
@@ -18,11 +21,7 @@ QUANTIZED = "-quantized"
 SHIPPED = Path(__file__).parent / "recipes"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TextRecipe(_Strict):
+class TextRecipe(Strict):
     """Three files, already disjoint, instead of one that we split."""
 
     calibration: str
@@ -30,7 +29,7 @@ class TextRecipe(_Strict):
     test: str
 
 
-class PruneRecipe(_Strict):
+class PruneRecipe(Strict):
     """Which layers go. `drop` is a count for methods that score, layers for `explicit`."""
 
     method: str = "perplexity"
@@ -40,7 +39,7 @@ class PruneRecipe(_Strict):
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
 
 
-class RepairRecipe(_Strict):
+class RepairRecipe(Strict):
     """Repair of the cut without training; kept where perplexity on the selection part falls."""
 
     method: str = Field("folded", description="auto, folded, or a repair by name")
@@ -48,20 +47,14 @@ class RepairRecipe(_Strict):
     window_tokens: int = Field(256, ge=8)
 
 
-class HealRecipe(_Strict):
+class HealRecipe(TrainingRecipe):
     """Training of the cut model towards the original; the best state on the selection part."""
 
     tokens: int = Field(ge=1, description="the student's budget")
-    window_tokens: int = Field(512, ge=8)
-    batch_windows: int = Field(16, ge=1)
-    learning_rate: float = Field(3e-4, gt=0, allow_inf_nan=False)
     train: str = "all"
-    general: str | None = Field(None, description="general text, mixed in")
-    share: float = Field(0.5, ge=0, le=1, description="of general text")
-    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
 
 
-class QuantizeRecipe(_Strict):
+class QuantizeRecipe(Strict):
     """Original and pruned as codes times steps, for the exports that keep the codes."""
 
     bits: float = Field(gt=0, le=8, description="a weight of the packed file, all counted")
@@ -75,7 +68,7 @@ KEEPS_CODES = ("packed", "packed:lossless", "gguf:Q8_0", "onnx:int8")
 """Targets that round no weight of a quantized model a second time."""
 
 
-class ExportRecipe(_Strict):
+class ExportRecipe(Strict):
     """One artifact, of the pruned model and of the original."""
 
     to: str = Field(description="FORMAT:PRECISION, e.g. gguf:Q8_0")
@@ -92,7 +85,7 @@ class ExportRecipe(_Strict):
         return ExportSpec.parse(self.to, **self.options)
 
 
-class VerifyRecipe(_Strict):
+class VerifyRecipe(Strict):
     """How much unseen text every artifact is compared on, and how much of it through the cache."""
 
     windows: int = Field(8, ge=1)
@@ -109,14 +102,14 @@ class VerifyRecipe(_Strict):
         return self
 
 
-class CalibrationRecipe(_Strict):
+class CalibrationRecipe(Strict):
     """How much calibration text importance matrices and activation ranges are computed on."""
 
     windows: int = Field(16, ge=1)
     window_tokens: int = Field(512, ge=8)
 
 
-class BenchRecipe(_Strict):
+class BenchRecipe(Strict):
     """The workload of one trial and how often it is repeated, original and pruned in turn."""
 
     prompt_tokens: int = Field(128, ge=1)
@@ -125,16 +118,18 @@ class BenchRecipe(_Strict):
     threads: int | None = Field(None, ge=1, description="default: the cores we may use")
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """One run: a model and a text in; plan, artifacts, measurements and a report out."""
 
     model: str
-    text: str | TextRecipe
-    prune: PruneRecipe
+    text: str | TextRecipe = Field("spdx", description="only early_exit alone reads none")
+    prune: PruneRecipe | None = None
     repair: RepairRecipe | None = None
     heal: HealRecipe | None = None
+    exits: ExitsRecipe | None = None
+    early_exit: EarlyExitRecipe | None = None
     quantize: QuantizeRecipe | None = None
-    export: tuple[ExportRecipe, ...] = Field(min_length=1)
+    export: tuple[ExportRecipe, ...] = Field((), description="early_exit alone needs none")
     calibration: CalibrationRecipe = CalibrationRecipe()
     verify: VerifyRecipe = VerifyRecipe()
     bench: BenchRecipe = BenchRecipe()
@@ -190,6 +185,7 @@ def parse_recipe(data: Any, name: str) -> Recipe:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise _explain(name, error) from None
+    _check_parts(recipe, name)
     for wanted in recipe.export:
         _check_quantized(recipe, wanted, name)
     slugs = [recipe.slug(wanted) for wanted in recipe.export]
@@ -197,6 +193,30 @@ def parse_recipe(data: Any, name: str) -> Recipe:
     if twice:
         raise ShortstackError(f"{name}: export {twice[0]} is listed twice. Remove one.")
     return recipe
+
+
+def _check_parts(recipe: Recipe, name: str) -> None:
+    """Refuse a recipe that lacks what its steps read."""
+    given = recipe.model_fields_set
+    if recipe.prune is None and recipe.exits is None:
+        if recipe.early_exit is None:
+            raise ShortstackError(
+                f"{name}: there is nothing to do. Add prune, exits or early_exit."
+            )
+        if recipe.export:
+            raise ShortstackError(
+                f"{name}: export is of pruned models and of exits, and there are none. Leave it "
+                "out, or add prune or exits."
+            )
+    else:
+        for key in ("text", "export"):
+            if key not in given:
+                raise ShortstackError(f"{name}: {key} is missing. Add it.")
+        if not recipe.export:
+            raise ShortstackError(f"{name}: export is empty. Name at least one target.")
+    for key in ("repair", "heal"):
+        if recipe.prune is None and getattr(recipe, key) is not None:
+            raise ShortstackError(f"{name}: {key} mends a cut, and there is no prune step. Add it.")
 
 
 def _check_quantized(recipe: Recipe, wanted: ExportRecipe, name: str) -> None:
@@ -255,6 +275,8 @@ def _model_at(loc: Sequence[int | str]) -> type[BaseModel]:
         "prune": PruneRecipe,
         "repair": RepairRecipe,
         "heal": HealRecipe,
+        "exits": ExitsRecipe,
+        "early_exit": EarlyExitRecipe,
         "quantize": QuantizeRecipe,
         "export": ExportRecipe,
         "calibration": CalibrationRecipe,

@@ -11,7 +11,7 @@ from typing import Any
 from shortstack.checkpoint import Checkpoint
 from shortstack.devices.host import describe, libraries
 from shortstack.devices.measurement import Measurement
-from shortstack.devices.report import Entry, ModelFacts, Quality, ReportData, speedups
+from shortstack.devices.report import Entry, ModelFacts, Quality, ReportData, depth, speedups
 from shortstack.prune.plan import PrunePlan
 from shortstack.recipe import QUANTIZED, Recipe
 from shortstack.runtimes import runtimes_for
@@ -23,26 +23,25 @@ from shortstack.verification import Verification
 def collect(
     recipe: Recipe,
     corpus: Corpus,
-    plan: PrunePlan,
+    plan: PrunePlan | None,
     models: Mapping[str, Checkpoint],
     exported: Sequence[Exported],
     measured: Sequence[Measurement],
     command: str,
+    *,
+    exits: Mapping[str, Any] | None = None,
+    early_exit: Sequence[Mapping[str, Any]] | None = None,
 ) -> ReportData:
     """Put together what one run made, proved and measured."""
     records = {(m.label, m.artifact.spec.slug): m for m in measured}
-    original, pruned = models["original"], models["pruned"]
+    pruned = models.get("pruned")
     name = recipe.model.rpartition("/")[2].removesuffix(".gguf")
     return ReportData(
-        model=model_facts(name, recipe.model, original),
-        pruned=model_facts(f"{name}, pruned", recipe.model, pruned),
-        plan={
-            "n_layers": plan.n_layers,
-            "drop": list(plan.drop),
-            "method": plan.method,
-            "scores": [None if s != s else s for s in plan.scores],
-            "facts": dict(plan.facts),
-        },
+        model=model_facts(name, recipe.model, models["original"]),
+        pruned=None if pruned is None else model_facts(f"{name}, pruned", recipe.model, pruned),
+        plan=None if plan is None else plan_facts(plan),
+        exits=exits,
+        early_exit=early_exit,
         quality=quality(exported, corpus),
         entries=tuple(_entry(e, _record(e, records)) for e in exported),
         host=describe(),
@@ -51,6 +50,16 @@ def collect(
         command=command,
         created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
+
+
+def plan_facts(plan: PrunePlan) -> dict[str, Any]:
+    return {
+        "n_layers": plan.n_layers,
+        "drop": list(plan.drop),
+        "method": plan.method,
+        "scores": [None if s != s else s for s in plan.scores],
+        "facts": dict(plan.facts),
+    }
 
 
 def model_facts(name: str, source: str, checkpoint: Checkpoint) -> ModelFacts:
@@ -96,6 +105,7 @@ def summary(
         else {"original": worse.original_perplexity, "pruned": worse.pruned_perplexity},
         "comparisons": [
             {
+                "label": c.label,
                 "spec": c.spec,
                 "runtime": c.runtime,
                 "decode_speedup": None if c.decode_speedup is None else vars(c.decode_speedup),
@@ -105,6 +115,9 @@ def summary(
             }
             for c in speedups(data.entries)
         ],
+        "exits": data.exits,
+        "early_exit": data.early_exit,
+        "tables": [[t.caption, t.columns, t.rows] for t in depth.tables(data)],
         "failures": failures,
     }
 
@@ -127,7 +140,9 @@ def _entry(exported: Exported, measured: Measurement | None) -> Entry:
         runtime=measured.runtime if measured else _proof_runtime(fmt, proof),
         artifact=exported.artifact.to_dict() if exported.artifact else None,
         verification=None if proof is None else _verification(Verification.from_dict(dict(proof))),
-        bounds={
+        bounds=None
+        if not exported.bounds
+        else {
             "mean_kl_prefill": exported.bounds["max_kl"],
             "mean_kl_decode": exported.bounds["max_kl"],
             "top1_agreement": exported.bounds["min_top1"],

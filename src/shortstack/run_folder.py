@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shortstack import __version__
-from shortstack.errors import ShortstackError
+from shortstack.folder_lock import alone_in
 from shortstack.manifest import (
     MANIFEST,
     SCHEMA,
@@ -28,6 +27,8 @@ from shortstack.progress import Display, OnProgress
 
 Make = Callable[[Path, OnProgress], Mapping[str, Any]]
 """Fills a staging folder; returns the facts that its manifest shall carry."""
+MakeBySteps = Callable[[Path, Display], Mapping[str, Any]]
+"""The same, where it shows several steps itself."""
 
 
 @dataclass(frozen=True)
@@ -71,36 +72,32 @@ class RunFolder:
 
         Returns the folder and its manifest.
         """
-        folder = self.path / name
-        key = step_key(name, inputs)
-        kept = finished(folder, key)
+        kept = self._kept(name, title, inputs)
+        if kept is None:
+            with self.display.step(title) as progress:
+                kept = self._made(name, inputs, lambda partial: make(partial, progress))
+        return self.path / name, kept
+
+    def build_by_steps(
+        self, name: str, title: str, inputs: Mapping[str, Any], make: MakeBySteps
+    ) -> tuple[Path, dict[str, Any]]:
+        """As `build`, of what says itself which steps it takes."""
+        kept = self._kept(name, title, inputs)
+        if kept is None:
+            kept = self._made(name, inputs, lambda partial: make(partial, self.display))
+        return self.path / name, kept
+
+    def _kept(self, name: str, title: str, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+        kept = finished(self.path / name, step_key(name, inputs))
         if kept is not None:
             self.display.note(f"{title}: unchanged, kept")
-            return folder, kept
+        return kept
+
+    def _made(
+        self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]
+    ) -> dict[str, Any]:
         start = time.perf_counter()
-        with self.display.step(title) as progress, staged(folder, name) as partial:
-            facts = make(partial, progress)
-            wall_s = time.perf_counter() - start
-            manifest = write_manifest(partial, name, key, {**facts, "wall_s": round(wall_s, 3)})
-        return folder, manifest
-
-
-@contextlib.contextmanager
-def alone_in(path: Path) -> Iterator[None]:
-    """Hold a lock on the folder, which the kernel lets go of however the process ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two runs into one folder are the user's to avoid
-        yield
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ShortstackError(
-                f"another shortstack is at work in {path}. Wait for it or choose another output."
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
+        with staged(self.path / name, name) as partial:
+            facts = make(partial)
+            timed = {**facts, "wall_s": round(time.perf_counter() - start, 3)}
+            return write_manifest(partial, name, step_key(name, inputs), timed)

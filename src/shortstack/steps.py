@@ -93,13 +93,14 @@ def open_original(folder: RunFolder, model: str) -> Checkpoint:
 def check_text(recipe: Recipe, original: Checkpoint, corpus: Corpus) -> None:
     """Cut every window that a later step will want: too little text is no news for the end."""
     encoder = Encoder(original)
-    if prune.METHODS[recipe.prune.method].needs_text:
+    if recipe.prune is not None and prune.METHODS[recipe.prune.method].needs_text:
         encoder.windows(corpus.calibration, recipe.prune.window_tokens, recipe.prune.windows)
     for wanted in recipe.export:
         unseen_windows(original, corpus, checks_for(original, wanted, recipe.verify))
         if exporter(wanted.spec.format).calibrates(original, wanted.spec):
             calibration_windows(original, corpus, recipe.calibration)
-    encoder.windows(corpus.test, recipe.bench.prompt_tokens, 1)
+    if recipe.export:
+        encoder.windows(corpus.test, recipe.bench.prompt_tokens, 1)
 
 
 def plan(folder: RunFolder, choice: PruneRecipe, original: Checkpoint, corpus: Corpus) -> PrunePlan:

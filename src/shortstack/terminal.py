@@ -81,8 +81,8 @@ def print_forecast(data: Mapping[str, Any]) -> None:
         (row["step"], *(megabytes(row[k]) for k in ("size_bytes", "peak_ram_bytes", "disk_bytes")))
         for row in data["steps"]
     ]
-    layers = data["n_layers"]
-    title = f"{data['model']}: {layers['original']} layers to {layers['pruned']}"
+    whole, *cut = map(str, data["n_layers"].values())
+    title = f"{data['model']}: {whole} layers{' to ' * bool(cut)}{', '.join(cut)}"
     print_table(title, ("step", "size", "peak RAM", "disk at worst"), rows)
     print_facts({k: v for k, v in data.items() if k.endswith("_bytes")}, quiet=False)
 
@@ -105,7 +105,7 @@ def print_run(data: Mapping[str, Any], quiet: bool) -> None:
     if data["comparisons"] and not quiet:
         rows = [
             (
-                f"{c['spec']} in {c['runtime']}",
+                f"{c['spec']} in {c['runtime']}" + f", {c['label']}" * (c["label"] != "pruned"),
                 _times(c["decode_speedup"]),
                 _ratio(c["bytes_per_token_ratio"]),
                 _ratio(c["size_ratio"]),
@@ -113,11 +113,19 @@ def print_run(data: Mapping[str, Any], quiet: bool) -> None:
             )
             for c in data["comparisons"]
         ]
-        columns = ("original / pruned", "decode speed-up", "bytes a token", "size", "peak memory")
-        print_table("What the cut gained", columns, rows)
+        columns = (
+            "original / other",
+            "decode speed-up",
+            "bytes a token",
+            "size",
+            "peak memory",
+        )
+        print_table("What less depth gained", columns, rows)
     if data["perplexity"] and not quiet:
         before, after = data["perplexity"]["original"], data["perplexity"]["pruned"]
         print_facts({"perplexity": f"{before:.2f} to {after:.2f} ({after / before:.2f} x)"}, quiet)
+    for title, names, lines in data["tables"] if not quiet else ():
+        print_table(title, names, lines)
     print_facts({"failures": data["failures"] or "none", "report": data["report"]}, quiet=False)
 
 

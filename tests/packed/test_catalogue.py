@@ -12,12 +12,12 @@ from tests.packed_models import write_coded
 from shortstack.checkpoint import Checkpoint
 from shortstack.cli import main
 from shortstack.errors import ShortstackError
+from shortstack.folder_lock import alone_in
 from shortstack.packed.catalogue import BLOBS, Variant, open_catalogue, variants
 from shortstack.packed.catalogue_add import Cost, add
 from shortstack.packed.choose import tries
 from shortstack.packed.read import verify
 from shortstack.packed.unpack import unpack_folder
-from shortstack.run_folder import alone_in
 
 ALLOWED = tries("zstd", "fast")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,50 @@ def test_a_killed_run_goes_on_and_bits_are_set_right(
     assert bits[0] > wanted / n_codes + 0.08
     assert bits[-1] == pytest.approx(wanted / n_codes, abs=0.01)
     assert whole.facts["best_step"] > 0, "the start takes more bits than are wanted"
+
+
+def judged(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kl: list[float], bits: float
+) -> tuple[learn.Learned, list[str]]:
+    """A run of eight checks that see the distances `kl`, at `bits` a weight wanted."""
+    original = Checkpoint.open(tiny)
+    windows = written_by(original, 24)
+    notes: list[str] = []
+    text = LearningText(windows[8:], windows[:8], note=notes.append)
+    made(tiny, tmp_path / "start", text, method="plain")
+    wanted = bits * original.n_params - other_bits(original, matrix_names(original))
+    settings = dataclasses.replace(SETTINGS, learn_tokens=8 * 512)
+    model = LatentModel(original, tmp_path / "start", torch.device("cpu"))
+    learner = learn.Learner(original, model, text, wanted, settings)
+    seen = iter(kl)
+    monkeypatch.setattr(learner, "_divergence", lambda: next(seen))
+    return learner.run(lambda done, total: None), notes
+
+
+NAN = float("nan")
+
+
+def test_a_distance_that_is_no_number_is_never_the_best(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kl = [NAN, 0.5, NAN, 0.4, 0.6, NAN, 0.7, 0.8, NAN]
+    facts = judged(tiny, tmp_path, monkeypatch, kl, 4.0)[0].facts
+    assert (facts["best_step"], facts["kl_held_out_after"]) == (3, 0.4)
+    assert facts["kl_held_out_before"] is None
+    json.dumps(facts, allow_nan=False)
+
+
+def test_the_start_is_kept_where_no_state_fits(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wanted are fewer bits than any stretch gives within the run."""
+    monkeypatch.setattr(learn, "LAST_STRETCH", 0.0)
+    found, notes = judged(tiny, tmp_path, monkeypatch, [0.5, *[0.1] * 8], 3.0)
+    assert (found.facts["best_step"], found.facts["kl_held_out_after"]) == (0, 0.5)
+    assert "the start is kept" in notes[-1]
+    start = RowCodesReader(tmp_path / "start")
+    for name, matrix in found.best.matrices.items():
+        assert np.array_equal(matrix.codes, start.read(name).codes)
 
 
 def test_counts_by_groups_are_the_coders_own() -> None:

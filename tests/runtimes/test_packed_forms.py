@@ -106,3 +106,24 @@ def test_without_codes_there_is_nothing_to_fit(tiny: Path, tmp_path: Path) -> No
     path = pack(Checkpoint.open(tiny), tmp_path / "model.packed.safetensors").path
     with pytest.raises(ShortstackError, match="has no row codes"):
         fit(Setting(path, threads=1), memory_budget_mb=1, max_slowdown=None, points=0)
+
+
+@pytest.mark.parametrize("budget", ["0.24", "1"])
+def test_a_sessions_budget_may_be_a_part_of_a_megabyte(packed: Path, budget: str) -> None:
+    options = {"memory_budget_mb": budget, "workers": "0"}
+    with open_session(
+        packed, "pytorch-packed", threads=1, context_tokens=64, options=options
+    ) as session:
+        assert session.info["weight_bytes"] <= float(budget) * 1e6
+
+
+def test_a_budget_that_is_no_number_is_refused(packed: Path) -> None:
+    for word in ("-1", "1e3", "1.", "inf", "nan"):
+        with pytest.raises(ShortstackError, match=f"memory_budget_mb is '{word}'"):
+            open_session(
+                packed,
+                *("pytorch-packed",),
+                threads=1,
+                context_tokens=64,
+                options={"memory_budget_mb": word},
+            )

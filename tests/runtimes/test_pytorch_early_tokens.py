@@ -12,6 +12,7 @@ import torch
 from tests import zoo
 from tests.early_exits import opened
 
+from shortstack.checkpoint import Checkpoint
 from shortstack.early_exit.rule import ANSWERS, STATE, VOCABULARY, Rule
 from shortstack.errors import ShortstackError
 from shortstack.prune.early_exit.classifier import top_rule
@@ -28,13 +29,18 @@ def always(after: int, width: int) -> Rule:
     )
 
 
+def of(folder: Path, rule: Rule) -> Rule:
+    """The rule as if it had been fitted to the model in `folder`."""
+    return dataclasses.replace(rule, model_sha256=Checkpoint.open(folder).sha256)
+
+
 def never(after: int, width: int) -> Rule:
     return dataclasses.replace(always(after, width), threshold=2.0)
 
 
 @pytest.fixture
 def session(tiny: Path) -> Iterator[EarlyTokenSession]:
-    with EarlyTokenSession(tiny, always(3, 64), threads=1, context_tokens=64) as opened:
+    with EarlyTokenSession(tiny, of(tiny, always(3, 64)), threads=1, context_tokens=64) as opened:
         yield opened
 
 
@@ -64,7 +70,9 @@ def test_the_cache_holds_what_the_exit_state_gives(tiny: Path, session: EarlyTok
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "olmo2", "qwen3", "granite"])
 def test_the_first_exit_is_the_head_on_that_state(name: str, tmp_path: Path) -> None:
     folder = zoo.make_model(name, tmp_path / name)
-    with EarlyTokenSession(folder, always(3, 64), threads=1, context_tokens=64) as session:
+    with EarlyTokenSession(
+        folder, of(folder, always(3, 64)), threads=1, context_tokens=64
+    ) as session:
         session.prefill(IDS[:4])
         logits = session.decode(IDS[4])
         assert (session.layers_run, session.steps) == (3, 1)
@@ -82,7 +90,7 @@ def test_the_first_exit_is_the_head_on_that_state(name: str, tmp_path: Path) -> 
 
 def test_who_never_leaves_decodes_as_the_plain_session(tiny: Path) -> None:
     model = opened(tiny)
-    with EarlyTokenSession(tiny, never(3, 64), threads=1, context_tokens=64) as session:
+    with EarlyTokenSession(tiny, of(tiny, never(3, 64)), threads=1, context_tokens=64) as session:
         session.prefill(IDS[:1])
         found = np.stack([session.decode(token) for token in IDS[1:]])
     with torch.inference_mode():
@@ -92,7 +100,9 @@ def test_who_never_leaves_decodes_as_the_plain_session(tiny: Path) -> None:
 
 @pytest.mark.parametrize(("fill", "held"), [("state", 5), ("zeros", 5), ("none", 4)])
 def test_fills_differ_in_what_later_layers_see(tiny: Path, fill: str, held: int) -> None:
-    with EarlyTokenSession(tiny, always(3, 64), fill=fill, threads=1, context_tokens=64) as session:
+    with EarlyTokenSession(
+        tiny, of(tiny, always(3, 64)), fill=fill, threads=1, context_tokens=64
+    ) as session:
         session.prefill(IDS[:4])
         session.decode(IDS[4])
         slot = session._cache.layers[5]
@@ -125,10 +135,17 @@ def test_rules_of_questions_are_refused(tiny: Path) -> None:
         EarlyTokenSession(tiny, always(2, 64), fill="guess", threads=1, context_tokens=8)
 
 
+@pytest.mark.parametrize("sha256", ["", "0" * 64])
+def test_a_rule_of_another_model_is_refused(tiny: Path, sha256: str) -> None:
+    rule = dataclasses.replace(always(3, 64), model_sha256=sha256)
+    with pytest.raises(ShortstackError, match="was fitted to another model"):
+        EarlyTokenSession(tiny, rule, threads=1, context_tokens=8)
+
+
 def test_the_whole_heads_probabilities_may_decide(tiny: Path) -> None:
     weights, bias = top_rule(1, 3)
     rule = Rule((3,), VOCABULARY, weights, bias, threshold=0.0)
-    with EarlyTokenSession(tiny, rule, threads=1, context_tokens=16) as session:
+    with EarlyTokenSession(tiny, of(tiny, rule), threads=1, context_tokens=16) as session:
         session.prefill(IDS[:4])
         session.decode(IDS[4])
         assert session.layers_run == 3

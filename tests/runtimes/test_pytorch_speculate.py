@@ -77,3 +77,25 @@ def test_windows_that_forget_are_refused(tmp_path: Path) -> None:
     folder = zoo.make_model("mistral-window", tmp_path / "model")
     with pytest.raises(ShortstackError, match="sliding windows forget"):
         SkipDrafter(opened(folder), (2,))
+
+
+def test_nothing_is_generated_where_nothing_is_asked_for(tiny: Path) -> None:
+    model = opened(tiny)
+    found = speculate(SkipDrafter(model, (2,)), (1, 2), 0, 4, "cpu")
+    assert (found.tokens, found.drafted, found.passes) == ((), 0, 0)
+    assert greedy(model, (1, 2), 0, "cpu") == ()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count", "draft", "said"),
+    [
+        ((1, 2), 8, 0, "drafts of 0 tokens"),
+        ((1, 2), -1, 4, "-1 tokens after a prompt of 2"),
+        ((), 8, 4, "8 tokens after a prompt of 0"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(
+    tiny: Path, prompt: tuple[int, ...], count: int, draft: int, said: str
+) -> None:
+    with pytest.raises(ShortstackError, match=said):
+        speculate(SkipDrafter(opened(tiny), (2,)), prompt, count, draft, "cpu")

@@ -25,6 +25,7 @@ from shortstack.devices.schedule import Step, schedule
 from shortstack.devices.stats import median
 from shortstack.devices.workload import Workload
 from shortstack.errors import ShortstackError
+from shortstack.folder_lock import alone_in
 from shortstack.intake import model_paths
 from shortstack.manifest import (
     MANIFEST,
@@ -38,7 +39,6 @@ from shortstack.manifest import (
     write_text,
 )
 from shortstack.progress import Display
-from shortstack.run_folder import alone_in
 
 RECORD, TRIALS = "bench.json", "trials.jsonl"
 STEP = "bench"

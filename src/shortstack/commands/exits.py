@@ -9,7 +9,8 @@ from typing import Any
 
 from shortstack.commands.heal import HealText, beside, training_folder, windows_for
 from shortstack.errors import require
-from shortstack.exits.folder import ExitFolder, read_exits
+from shortstack.exits.folder import ExitFolder, exit_key, read_exits
+from shortstack.families import context_tokens
 from shortstack.manifest import check_apart, check_ours, finished, staged, step_key, write_manifest
 from shortstack.progress import Display
 from shortstack.prune.heal.settings import HealSettings
@@ -71,7 +72,7 @@ def write(
     exits.check_exit(exit)
     check_ours(out, "exit")
     check_apart(out, [exits.path, exits.base])
-    key = step_key("exit", {"base": exits.base_sha256, "exits": exits.sha256, "exit": exit})
+    key = exit_key(exits, exit)
     kept = finished(out, key)
     if kept is None:
         base = exits.open_base()
@@ -103,16 +104,18 @@ def choose(
     require(("torch", "transformers"), "prune", "running exits")
     from shortstack.devices.host import check_threads
     from shortstack.runtimes import capabilities
-    from shortstack.runtimes.pytorch_exits import STEPS, ExitsSession
+    from shortstack.runtimes.pytorch_exits import STEPS, ExitsSession, check_request
 
     check_threads(threads)
     capabilities.check("pytorch", device, 1, {"dtype": dtype})
     exits = found(folder, model)
+    context = context_tokens(exits.open_base().config, windowed=True)
+    check_request(prompt_tokens, new_tokens, context, "the model's")
     with ExitsSession(
         exits.path,
         model=exits.base,
         threads=threads,
-        context_tokens=2 * prompt_tokens + STEPS,
+        context_tokens=max(2 * prompt_tokens, prompt_tokens + new_tokens) + STEPS,
         device=device,
         dtype=dtype,
     ) as session:

@@ -11,6 +11,7 @@ from typing import Any
 from shortstack.commands import stages
 from shortstack.errors import ShortstackError
 from shortstack.export import exporter
+from shortstack.folder_lock import alone_in
 from shortstack.footprint import against, in_words, measured
 from shortstack.intake import model_paths
 from shortstack.manifest import (
@@ -30,7 +31,6 @@ from shortstack.packed.unpack import check_complete, unpack_folder
 from shortstack.packed.worth import read_worth
 from shortstack.progress import Display
 from shortstack.recipe import ExportRecipe
-from shortstack.run_folder import alone_in
 
 TARGETS = ("hf", "gguf:Q8_0", "onnx:int8")
 

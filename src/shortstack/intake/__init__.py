@@ -84,11 +84,12 @@ def resolve(reference: str) -> tuple[str, str]:
     if colon and scheme == "hf":
         return "hub", rest
     path = package_file(rest) if colon and scheme == "pkg" else Path(reference).expanduser()
+    depth = split_depth(path)[1]
     if path.is_dir():
         return "folder", str(path)
     if path.is_file() and path.suffix.lower() == ".gguf":
         return "gguf", str(path)
-    if split_depth(path)[1] is not None:
+    if depth is not None:
         return "exit", str(path)
     if path.is_file() and is_packed(path):
         return "packed", str(path)

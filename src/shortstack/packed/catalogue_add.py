@@ -77,7 +77,7 @@ def add(
     """Store a model under a name, proven bit for bit, or not at all; blobs that are there already
     are shared. What is damaged of a model that is added again is mended, in every variant.
 
-    The caller sees to it that nobody else writes (`run_folder.alone_in`). Raises ShortstackError
+    The caller sees to it that nobody else writes (`folder_lock.alone_in`). Raises ShortstackError
     for a name that is taken by another model.
     """
     check_free(folder, name, checkpoint)
