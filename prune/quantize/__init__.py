@@ -36,7 +36,7 @@ class QuantizeSettings:
     seed: int = 0
     tune_steps: int = 12
     learn_tokens: int = 0
-    learning_rate: float = 0.0005
+    learning_rate: float = 0.003
     batch_tokens: int = 8192
     device: str = "auto"
 

@@ -41,11 +41,10 @@ CHECKS, LAST_STRETCH = 8, 0.8
 """How often a run looks at the held-out windows and sets its bits right again; that no more in the
 last part of its steps, which mend what it does to codes."""
 
-SLACK = 0.002
-"""Bits a weight that are not worth a stretch."""
-
 TOLERANCE = 0.01
-"""Bits a weight that a state may take beyond what was asked for and still be chosen."""
+"""Bits a weight that a state may take beyond what was asked for and still be chosen. Only one that
+takes more is stretched: where few codes are near a threshold, a stretch moves no code and all
+weights by the same share, which costs more than a hundredth of a bit brings."""
 
 SAVE_EVERY_S = 120.0
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -93,8 +92,8 @@ class Learner:
     """A run: KL(original || quantized) falls by Adam on latent codes, rows' factors and vectors.
 
     What products read is always codes times steps, so that what is measured is what is written.
-    Bits are held by stretching all steps alike: finer or coarser by 2^(bits - wanted), weights
-    where they are. Rounding noise of another shape takes no bits.
+    Bits are held by stretching all steps alike where they are exceeded: by 2^(bits - wanted),
+    weights where they are. Rounding noise of another shape takes no bits.
     """
 
     def __init__(
@@ -249,7 +248,7 @@ class Learner:
         if better:
             at.best = kl
         self._note(f"step {at.step}: KL {kl:.5f} nats a token held out, {bits:.4f} bits a code")
-        if at.step < LAST_STRETCH * self.steps and abs(bits - wanted) > SLACK:
+        if at.step < LAST_STRETCH * self.steps and bits > wanted + TOLERANCE:
             for matrix in model.matrices.values():
                 matrix.stretch(2.0 ** (bits - wanted))
             model.put()

@@ -137,6 +137,23 @@ def test_a_killed_run_goes_on_and_bits_are_set_right(
     assert whole.facts["best_step"] > 0, "the start takes more bits than are wanted"
 
 
+def test_what_takes_less_than_was_asked_for_is_left_as_it_is(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stretch that moves no code moves all weights: with nothing learnt the state stays."""
+    monkeypatch.setattr(learn, "SCALE_RATE", 0.0)
+    original = Checkpoint.open(tiny)
+    windows = written_by(original, 20)
+    made(tiny, tmp_path / "start", LearningText(windows[4:], windows[:4]), method="plain")
+    wanted = 4.05 * original.n_params - other_bits(original, matrix_names(original))
+    settings = dataclasses.replace(SETTINGS, learn_tokens=10 * 512, learning_rate=1e-9)
+    model = LatentModel(original, tmp_path / "start", torch.device("cpu"))
+    text = LearningText(windows[4:], windows[:4])
+    found = learn.Learner(original, model, text, wanted, settings).run(lambda done, total: None)
+    assert len({one["kl"] for one in found.facts["history"]}) == 1
+    assert found.facts["history"][0]["bits"] < wanted / model.n_codes - 0.03
+
+
 def judged(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kl: list[float], bits: float
 ) -> tuple[learn.Learned, list[str]]:

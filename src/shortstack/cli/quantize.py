@@ -47,7 +47,7 @@ def quantize(
     ] = 0,
     learning_rate: Annotated[
         float, typer.Option(help="By how much of a step a code learns in a batch.")
-    ] = 0.0005,
+    ] = 0.003,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens a batch of learning.")] = 8192,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda:0.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the tokens that sensitivities are drawn with.")] = 0,
