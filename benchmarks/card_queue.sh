@@ -1,46 +1,68 @@
 #!/bin/bash
-# What docs/cards.md still lacks, the most wanted first: start it once for each card, they share the list.
+# What the documents still lack from a card, the most wanted first. Start it once for each card, they share the list:
 #   CUDA_VISIBLE_DEVICES=0 benchmarks/card_queue.sh MODEL DATA MODELS GGUF OUT LLAMA_BENCH
 # MODEL: SmolLM2's folder; DATA: folders of rows; MODELS and GGUF: what `benchmarks.formats make` wrote, 160 GB
-# of memory or disk, four minutes with 8 jobs on 32 cores; OUT: records and logs. An item is taken by making
-# OUT/queue/ITEM, and kept: remove that folder to run it again. Nothing else may run on the host: processes
-# that train or certify beside it took 90 seconds a campaign to 200, and `busy` is in their records.
+# of memory or disk, five minutes with 4 jobs; OUT: records and logs. An item is taken by making
+# OUT/queue/ITEM, and kept: remove that folder to run it again. What needs a quiet host comes first: processes
+# that certify or fit on all cores beside it took 90 seconds a campaign to 200, and `busy` is in their records.
 # Each process is given one card: PyTorch and llama.cpp open 0.5 GB on every card they see.
 # ITEMS="early packed" in the environment takes these, in that order, instead of all.
+# Records, for a machine that may be taken away at any time, after every item:
+#   cd OUT && find . \( -name '*.json*' -o -name '*.md' -o -name 'log-*' \) -size -2M | tar czf FILE -T -
 set -u
 model=$1 data=$2 models=$3 gguf=$4 out=$5 llama_bench=$6
-mkdir -p "$out/queue" "$out/small"
+mkdir -p "$out/queue" "$out/small" "$out/exits"
 export PYTHONPYCACHEPREFIX=${PYTHONPYCACHEPREFIX:-$out/pycache} # imports are half of a short trial
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}                   # fits on all cores slow down what is measured beside them
 
 formats() { python3 -m benchmarks.formats bench "$models" --big "$gguf" --out "$out/formats" --device cuda:0 --threads 8 "$@"; }
 beside() { python3 -m benchmarks.side_by_side "$@" --device cuda:0 --threads 8 --rounds 6; }
-small() { # TO OPTIONS...: SmolLM2 as an export, certified
-  [ -e "$out/small/${1/:/-}" ] || python3 -m shortstack export "$model" --to "$1" -o "$out/small/${1/:/-}" \
-    --max-perplexity-ratio 1.5 --threads 8 --quiet "${@:2}"
+small() { # FORMAT PRECISION OUT OPTION=VALUE...: SmolLM2 as an export; not certified, which takes all cores for minutes
+  [ -e "$out/small/$3" ] || CUDA_VISIBLE_DEVICES='' python3 - "$model" "$1" "$2" "$out/small/$3" "${@:4}" <<'PY'
+import sys
+from pathlib import Path
+from benchmarks.formats import export
+from shortstack.artifact import ExportSpec
+source, fmt, precision, out, *options = sys.argv[1:]
+export(Path(source), ExportSpec(fmt, precision, tuple(tuple(o.split("=")) for o in options)), Path(out))
+PY
 }
+learn() { # BITS
+  python3 -m benchmarks.learn_codes "$model" --data "$data" --bits "$1" --restored 0 --rates 0.003 --reaches 0.2 0.45 \
+    --sweep-tokens 1500000 --tokens 10000000 --self-generated 1000000 --device cuda:0 --test -o "$out/learn-$1"
+}
+exits() { python3 -m benchmarks.exits "$1" "$model" --data "$data" --out "$out/exits" "${@:2}"; }
 item() {
   case $1 in
-    llama-bench) small gguf:Q8_0; beside "$gguf/32-layers-Q4_0.gguf" "$out"/small/gguf-Q8_0/*.gguf \
-      --llama-bench "$llama_bench" --json "$out/llama-bench.json" >"$out/llama-bench.md" ;;
-    genai) small onnx:fp16; small onnx:int4 --option activations=float16
+    llama-bench) small gguf Q8_0 model-Q8_0.gguf
+      beside "$gguf/32-layers-Q4_0.gguf" "$out/small/model-Q8_0.gguf" \
+        --llama-bench "$llama_bench" --json "$out/llama-bench.json" >"$out/llama-bench.md" ;;
+    genai) small onnx fp16 onnx-fp16; small onnx int4 onnx-int4 imatrix=no activations=float16
       beside "$out/small/onnx-fp16" "$out/small/onnx-int4" --json "$out/genai.json" >"$out/genai.md" ;;
-    tests) python3 -m pytest -q -p no:cacheprovider -W "ignore:invalid escape sequence" \
-      -W 'ignore:`torch.jit:DeprecationWarning' tests/runtimes/test_packed_card.py tests/runtimes/test_pytorch_card.py ;;
+    tests) python3 -m shortstack doctor; python3 -m pytest -q -p no:cacheprovider -W "ignore:invalid escape sequence" \
+      -W 'ignore:`torch.jit:DeprecationWarning' tests/runtimes/test_packed_card.py tests/runtimes/test_pytorch_card.py \
+      tests/runtimes/test_ort_card.py tests/devices/test_real_card.py tests/devices/test_roofline_ceilings.py ;;
     packed) python3 -m benchmarks.packed_memory --device cuda:0 --shape 7b --nvcomp -o "$out/packed" ;;
+    exit-speed) python3 -m benchmarks.exit_speed bench "$model" --work "$out/exit-work" \
+      --out "$out/exit-speed" --device cuda:0 --threads 8 ;;
     early) python3 -m benchmarks.early_exit "$model" --data "$data" --out "$out/early" --device cuda:0 ;;
     early-plain) python3 -m benchmarks.early_exit "$model" --data "$data" --out "$out/early-plain" --device cuda:0 --exit-loss 0 ;;
     generation) python3 -m benchmarks.early_generation "$model" --data "$data" --out "$out/generation" --device cuda:0 --part exit ;;
-    exit-speed) python3 -m benchmarks.exit_speed bench "$model" --work "$out/exit-work" \
-      --out "$out/exit-speed" --device cuda:0 --threads 8 ;;
+    sample) exits sample --tokens 9000000 --batch 768 && touch "$out/exits/sampled" ;;
+    balcony) while [ ! -e "$out/exits/sampled" ]; do sleep 1; done
+      exits train --kind balcony --tokens 50000000 --rate 4e-3 && exits eval balcony --split test --device cuda:0 ;;
+    cut-15) while [ ! -e "$out/exits/sampled" ]; do sleep 1; done
+      exits train --kind cut --at 15 --name cut15 --tokens 50000000 --rate 1e-3 && exits eval cut15 --split test --device cuda:0 ;;
+    learn-*) learn "${1#learn-}" ;;
     *energy) formats --only "$1" ;;
     *) formats --repeats 2 --only "$1" ;;
   esac
 }
 
-every="eager-32-16-b1 genai llama-bench graph-24-12-b8 onnx-24-12-b8 eager-32-16-b8 onnx-32-16-b1-energy
-  torchao-int4-graph-32-16-b1-energy bnb-nf4-graph-32-16-b1-energy eager-24-12-b1 eager-24-12-b8 bnb-int8-32-16-b1
-  graph-32-16-b8-energy onnx-32-16-b8-energy gguf-32-16-b8-energy early early-plain generation tests packed exit-speed
-  graph-32-16-b1 onnx-32-16-b1 gguf-32-16-b1"
+every="llama-bench graph-24-12-b8 onnx-24-12-b8 bnb-int8-32-16-b1 onnx-32-16-b1-energy torchao-int4-graph-32-16-b1-energy
+  bnb-nf4-graph-32-16-b1-energy genai packed exit-speed early early-plain graph-32-16-b8-energy onnx-32-16-b8-energy
+  gguf-32-16-b8-energy eager-24-12-b8 sample balcony learn-5.0 learn-3.86 cut-15 generation tests
+  eager-32-16-b1-energy graph-32-16-b1 onnx-32-16-b1 gguf-32-16-b1"
 for name in ${ITEMS:-$every}; do
   mkdir "$out/queue/$name" 2>/dev/null || continue
   began=$(date +%s)
