@@ -132,6 +132,13 @@ def test_bench_refuses_depths_that_mean_two_things(exits: ExitFolder, tiny: Path
         at_depths([str(tiny), str(exits.path)], "2")
     with pytest.raises(ShortstackError, match="no depth 3"):
         at_depths([str(exits.path)], "2,3")
+    with pytest.raises(ShortstackError, match="names a depth twice"):
+        at_depths([str(exits.path)], "6,2,2")
+
+
+def test_a_folder_of_exits_without_a_depth_says_how_to_name_one(exits: ExitFolder) -> None:
+    with pytest.raises(ShortstackError, match=r"behind 2, 4 layers. Name one: .*exits@2"):
+        resolve(str(exits.path))
 
 
 def test_lists_of_exits() -> None:
