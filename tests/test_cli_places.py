@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.command_line import copy, fails, shortstack, write_recipe
 
 from shortstack.cli import main
-from shortstack.manifest import read_manifest
+from shortstack.errors import ShortstackError
+from shortstack.manifest import check_place, read_manifest
 
 
 @pytest.mark.parametrize("command", ["run", "prune", "export"])
@@ -77,6 +80,44 @@ def test_places_that_cannot_be_written_give_one_line(
     link.symlink_to(folder)
     assert main([*args, str(link)]) == 0
     assert read_manifest(folder) is not None
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (("plan", "--method", "last", "--drop", "2"), "plan.json"),
+        (("fit-packed",), "plan.json"),
+        (("exits", "fit", "--tune", "none.jsonl"), "exit.safetensors"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_a_model_is_looked_at(
+    words: tuple[str, ...], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    said = fails([*words, "no-model", "-o", str(file / "below" / name)], capsys)
+    assert f"{file} is a file" in said
+
+
+@contextlib.contextmanager
+def nobody() -> Iterator[None]:
+    """Root may write everywhere: be somebody else meanwhile."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+def test_a_folder_that_takes_nothing_is_told_at_once(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    with nobody(), pytest.raises(ShortstackError, match="nothing can be written in"):
+        check_place(closed / "below" / "plan.json")
+    assert not list(closed.iterdir())
 
 
 FULL = {

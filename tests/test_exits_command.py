@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,23 @@ def test_bench_refuses_depths_that_mean_two_things(exits: ExitFolder, tiny: Path
         at_depths([str(tiny), str(exits.path)], "2")
     with pytest.raises(ShortstackError, match="no depth 3"):
         at_depths([str(exits.path)], "2,3")
+    with pytest.raises(ShortstackError, match="names a depth twice"):
+        at_depths([str(exits.path)], "6,2,2")
+
+
+def test_a_folder_of_exits_without_a_depth_says_how_to_name_one(exits: ExitFolder) -> None:
+    with pytest.raises(ShortstackError, match=r"behind 2, 4 layers. Name one: .*exits@2"):
+        resolve(str(exits.path))
+
+
+def test_the_terminal_tells_what_each_depth_takes(
+    exits: ExitFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["exits", "choose", str(exits.path), "--max-latency-ms", "60000", "--threads", "1"]
+    assert main([*words, "--prompt-tokens", "8"]) == 0
+    told = capsys.readouterr().out
+    assert "depth: 6" in told
+    assert re.search(r"^predicted_ms: [\d.]+ at 2, [\d.]+ at 4, [\d.]+ at 6$", told, re.MULTILINE)
 
 
 def test_lists_of_exits() -> None:

@@ -24,6 +24,8 @@ WIDEST_SHARE = {"direct": 0.06, "lean": 0.2}
 sparse matrix takes 64, of the lean one 16."""
 TILE = 64
 """Rows that the kernel's layout takes together, on AVX-512; half of it on others."""
+PACKED_AT_ONCE = 64 * TILE
+"""Rows that are brought into the layout together: PyTorch takes them as int32, 8 times as large."""
 GROUPS = (256, 128, 64, 32)
 
 
@@ -89,11 +91,16 @@ class CpuDirectMatrix(CodedMatrix):
 
 def pack(nibbles: np.ndarray) -> tuple[Tensor, int]:
     """(the kernel's layout, uint8; rows, filled up to whole tiles) of int8 values from -8 to 7."""
+    columns = nibbles.shape[1]
     rows = -(-len(nibbles) // TILE) * TILE
-    filled = np.full((rows, nibbles.shape[1]), 8, np.int32)
-    filled[: len(nibbles)] += nibbles
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.from_numpy(filled), 1)
-    return packed.clone(), rows
+    packed = torch.empty((rows, columns // 2), dtype=torch.uint8)
+    for start in range(0, rows, PACKED_AT_ONCE):
+        part = nibbles[start : start + PACKED_AT_ONCE]
+        filled = np.full((min(rows - start, PACKED_AT_ONCE), columns), 8, np.int32)
+        filled[: len(part)] += part
+        made = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.from_numpy(filled), 1)
+        packed[start : start + len(filled)] = made
+    return packed, rows
 
 
 def int4_on_cpu(x: Tensor, packed: Tensor, rows: int) -> Tensor:

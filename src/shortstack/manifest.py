@@ -99,6 +99,20 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def check_place(path: Path) -> None:
+    """Refuse a file that could not be written, before the work that leads to it; its folder may
+    still be missing."""
+    above = path.absolute().parent
+    while not os.path.exists(above):  # an unreadable folder is none: the one above it tells
+        above = above.parent
+    if not os.path.isdir(above):
+        raise ShortstackError(f"cannot write {path}: {above} is a file. Choose another output.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ShortstackError(
+            f"cannot write {path}: nothing can be written in {above}. Choose another output."
+        )
+
+
 def check_ours(folder: Path, step: str) -> None:
     """Refuse a folder that holds anything but what the same step made: it would be replaced.
 

@@ -142,6 +142,20 @@ def print_facts(data: Mapping[str, Any], quiet: bool) -> None:
             console.print(f"{name}: {words}", markup=False)
 
 
+def print_depths(data: Mapping[str, Any], quiet: bool) -> None:
+    """Facts, and those that each exit has of its own: `kl: 1.02 at 8, 0.64 at 15`."""
+    print_facts(data, quiet)
+    if quiet:
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    for name, value in data.items():
+        if isinstance(value, dict):
+            words = ", ".join(f"{_words(number)} at {depth}" for depth, number in value.items())
+            console.print(f"{name}: {words}", markup=False)
+
+
 def print_export(data: Mapping[str, Any], quiet: bool) -> None:
     """The facts of an export, what it is to be known for, and the table of a packed one."""
     print_facts(data, quiet)

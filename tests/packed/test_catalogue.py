@@ -224,7 +224,9 @@ def test_what_cannot_be_a_catalogue_or_a_variant_is_refused(
     assert "another model already" in fails(
         ["catalogue", f"one={base}", "-o", folder, "--quiet"], capsys
     )
-    assert "unknown variant" in fails(["unpack", folder, "-o", str(tmp_path / "x")], capsys)
+    assert "Name one: --variant base" in fails(
+        ["unpack", folder, "-o", str(tmp_path / "x")], capsys
+    )
     assert "Known: base, one, two" in fails(
         ["unpack", folder, "--variant", "three", "-o", str(tmp_path / "x")], capsys
     )

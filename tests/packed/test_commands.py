@@ -42,6 +42,9 @@ def test_packing_and_its_proof_open_no_model(
         monkeypatch.setitem(sys.modules, package, None)
     run(capsys, "export", str(tiny), "--to", "packed", "-o", str(tmp_path / "packed"))
     file = tmp_path / "packed" / "model.packed.safetensors"
+    assert run(capsys, "unpack", str(file.parent), "--check")["whole"]
+    run(capsys, "unpack", str(file.parent), "-o", str(tmp_path / "by-folder"))
+    assert Checkpoint.open(tmp_path / "by-folder").sha256 == Checkpoint.open(tiny).sha256
     run(capsys, "unpack", str(file), "-o", str(tmp_path / "again"))
 
 

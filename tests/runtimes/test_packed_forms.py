@@ -15,6 +15,7 @@ from shortstack.errors import ShortstackError
 from shortstack.packed.plan_file import read_plan
 from shortstack.row_codes import RowCodes
 from shortstack.runtimes import open_session
+from shortstack.runtimes.packed import direct
 from shortstack.runtimes.packed.card import CardDirectMatrix
 from shortstack.runtimes.packed.direct import CpuDirectMatrix
 from shortstack.runtimes.packed.fit import fit
@@ -67,6 +68,17 @@ def test_every_form_holds_the_very_codes(form: str, rows: int, columns: int) -> 
             x = x.bfloat16()
             error = (rough.multiply(x).float() - linear(x.float(), weights)).norm()
             assert error < 0.01 * linear(x.float(), weights).norm()
+
+
+def test_nibbles_are_laid_out_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    nibbles = np.random.default_rng(0).integers(-8, 8, (300, 96)).astype(np.int8)
+    whole, rows = direct.pack(nibbles)
+    filled = np.full((rows, 96), 8, np.int32)
+    filled[:300] += nibbles
+    kernels = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.from_numpy(filled), 1)
+    assert torch.equal(whole, kernels)
+    monkeypatch.setattr(direct, "PACKED_AT_ONCE", 2 * direct.TILE)
+    assert torch.equal(direct.pack(nibbles)[0], whole)
 
 
 @pytest.mark.parametrize("widest", [0.0, 0.05, 1.0])

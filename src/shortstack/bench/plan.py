@@ -143,6 +143,8 @@ def at_depths(models: Sequence[str], depth: str) -> tuple[list[str], int]:
         depths = exits.depths if depth == NO_DEPTH else parse_exits(depth)
         for one in depths:
             exits.check_depth(one)
+        if len(set(depths)) < len(depths):
+            raise ShortstackError(f"--depth {depth} names a depth twice. Name each once.")
         named += [f"{Path(model)}@{one}" for one in depths]
     return named, 0
 

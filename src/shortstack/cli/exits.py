@@ -100,7 +100,7 @@ def train(
         compiled=compiled,
         display=terminal.display(quiet or as_json),
     )
-    answer(result, as_json, lambda: terminal.print_facts(result, quiet))
+    answer(result, as_json, lambda: terminal.print_depths(result, quiet))
 
 
 @app.command()
@@ -151,4 +151,4 @@ def choose(
         device=device,
         threads=threads or usable_cores(),
     )
-    answer(result, as_json, lambda: terminal.print_facts(result, quiet))
+    answer(result, as_json, lambda: terminal.print_depths(result, quiet))

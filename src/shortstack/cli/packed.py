@@ -13,7 +13,9 @@ from shortstack.errors import ShortstackError
 
 @user_errors
 def unpack(
-    model: Annotated[Path, typer.Argument(help="A packed file, or a catalogue's folder.")],
+    model: Annotated[
+        Path, typer.Argument(help="A packed file, the folder of its export, or a catalogue's.")
+    ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.")] = None,
     to: Annotated[
         str, typer.Option(help="hf (the folder, bit for bit), gguf:Q8_0, onnx:int8.")

@@ -28,6 +28,7 @@ from shortstack.manifest import (
     MANIFEST,
     check_apart,
     check_ours,
+    check_place,
     staged,
     step_key,
     write_manifest,
@@ -89,10 +90,11 @@ def fit_exit(
 
 
 def check_out(out: Path) -> None:
-    """Raise ShortstackError for a name that is no early exit's, and for another file of that
-    name."""
+    """Raise ShortstackError for a name that is no early exit's, for another file of that name, and
+    for a place that cannot be written."""
     if out.suffix != SUFFIX:
         raise ShortstackError(f"{out} must end in {SUFFIX}. Choose another -o.")
+    check_place(out)
     if out.exists():
         try:
             read_rule(out)

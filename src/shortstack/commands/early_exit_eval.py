@@ -162,9 +162,11 @@ def _evaluated(
     results = []
     for file, rows in questions.items():
         prompts = encode(codec, rows, style, loading.context_tokens)
-        with display.step(f"{file.parent.name}/{file.name}") as progress:
+        with display.step(f"{file.absolute().parent.name}/{file.name}") as progress:
             timed = answered(answerers, prompts, loading.batch_tokens, progress)
-        results.append(compared(f"{file.parent.name}/{file.stem}", prompts, timed, n_layers))
+        results.append(
+            compared(f"{file.absolute().parent.name}/{file.stem}", prompts, timed, n_layers)
+        )
     return results
 
 

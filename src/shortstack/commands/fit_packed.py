@@ -7,7 +7,7 @@ from typing import Any
 
 from shortstack.bench.models import benchable
 from shortstack.errors import ShortstackError
-from shortstack.manifest import write_text
+from shortstack.manifest import check_place, write_text
 from shortstack.packed.plan_file import PlanFile
 from shortstack.packed.runnable import check_runnable
 from shortstack.progress import Display
@@ -31,6 +31,7 @@ def fit_packed(
     ShortstackError for a budget that no plan meets, and for `out` that is no plan.
     """
     check_runnable()
+    check_place(out)
     artifact = benchable(str(model))
     if artifact.format != "packed":
         raise ShortstackError(

@@ -13,11 +13,12 @@ from shortstack.errors import ShortstackError
 from shortstack.export import exporter
 from shortstack.folder_lock import alone_in
 from shortstack.footprint import against, in_words, measured
-from shortstack.intake import model_paths
+from shortstack.intake import is_packed, model_paths
 from shortstack.manifest import (
     check_apart,
     check_ours,
     finished,
+    read_manifest,
     staged,
     step_key,
     write_manifest,
@@ -129,6 +130,9 @@ def _packed_model(model: Path, variant: str | None) -> Path:
         return find_variant(model, variant)
     if variant is not None:
         raise ShortstackError(f"{model} is no catalogue, it has no variants. Leave --variant out.")
+    made = (read_manifest(model) or {}).get("artifact")
+    if isinstance(made, dict) and is_packed(model / str(made.get("path"))):
+        return model / str(made["path"])
     return model
 
 

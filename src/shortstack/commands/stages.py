@@ -24,6 +24,7 @@ from shortstack.intake import model_paths, open_model, preview_model
 from shortstack.manifest import (
     check_apart,
     check_ours,
+    check_place,
     finished,
     read_manifest,
     staged,
@@ -81,6 +82,7 @@ def plan(
     model: str, choice: PruneRecipe, text: str, out: Path, *, dry_run: bool, display: Display
 ) -> dict[str, Any]:
     """Choose layers and write the plan to the file `out`."""
+    check_place(out)
     if out.is_dir():
         raise ShortstackError(f"{out} is a folder; the plan is one file. Name one, e.g. plan.json.")
     if out.exists():

@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
-from shortstack.exits import read_exits, split_depth
+from shortstack.exits import is_exits, read_exits, split_depth
 from shortstack.progress import OnProgress, silent
 
 SOURCES = {
@@ -86,6 +86,7 @@ def resolve(reference: str) -> tuple[str, str]:
     path = package_file(rest) if colon and scheme == "pkg" else Path(reference).expanduser()
     depth = split_depth(path)[1]
     if path.is_dir():
+        _check_model(path)
         return "folder", str(path)
     if path.is_file() and path.suffix.lower() == ".gguf":
         return "gguf", str(path)
@@ -105,6 +106,15 @@ def resolve(reference: str) -> tuple[str, str]:
             f"say: hf:{reference}"
         )
     raise ShortstackError(f"there is no file or folder {str(path)!r}. Check the model's path.")
+
+
+def _check_model(folder: Path) -> None:
+    if is_exits(folder) and not (folder / "config.json").is_file():
+        exits = read_exits(folder).exits
+        raise ShortstackError(
+            f"{folder} holds exits of a model, behind {', '.join(map(str, exits))} layers. "
+            f"Name one: {folder}@{exits[0]}"
+        )
 
 
 def model_paths(reference: str) -> tuple[Path, ...]:

@@ -87,6 +87,11 @@ def variant(folder: Path, name: str | None) -> Path:
     known = variants(folder)
     if name is None and len(known) == 1:
         return folder / f"{known[0]}.json"
+    if name is None and known:
+        raise ShortstackError(
+            f"{folder} is a catalogue of {len(known)} models: {', '.join(known)}. Name one: "
+            f"--variant {known[0]}"
+        )
     if name not in known:
         raise unknown(f"variant of {folder}", name or "", known)
     return folder / f"{name}.json"
