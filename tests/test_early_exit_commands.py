@@ -40,18 +40,23 @@ def said(capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 def test_from_questions_to_layers_saved(
-    tiny: Path, tmp_path: Path, fit_command: list[str], capsys: pytest.CaptureFixture[str]
+    tiny: Path,
+    tmp_path: Path,
+    fit_command: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert main(fit_command) == 0
     fitted = said(capsys)
     assert fitted["rows"] == {"tune": 48, "validation": 24}
     assert fitted["validation"]["loss"] <= 0.1
-    test = write(tmp_path / "test.jsonl", made_up(24, seed=9))
+    test = Path(write(tmp_path / "test.jsonl", made_up(24, seed=9))).name
     out = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
     command = ["eval", str(tiny), "--choice", test, "-o", str(out)]
     assert main([*command, "--early-exit", fitted["classifier"], "--json"]) == 0
     (result,) = said(capsys)["results"]
-    assert result["n"] == 24
+    assert (result["n"], result["set"]) == (24, "test")
     rules = {entry["rule"]: entry for entry in result["rules"]}
     assert "early exit" in rules
     assert "fixed threshold" in rules

@@ -36,7 +36,8 @@ def left(name: str = "finance/test") -> dict[str, Any]:
         **{"saved": interval(0.10), "time_saved": interval(0.08), "same_answer": 0.9},
     }
     whole = {"rule": "whole model", "accuracy": interval(0.75)}
-    return {"set": name, "n": 100, "chance": 0.5, "majority": 0.6, "rules": [whole, rule]}
+    how = {"n": 100, "chance": 0.5, "majority": 0.6, "device": "cpu", "dtype": "float32"}
+    return {"set": name, **how, "rules": [whole, rule]}
 
 
 @pytest.fixture
@@ -97,3 +98,14 @@ def test_an_early_exit_alone_claims_what_it_saves_and_costs(data: ReportData) ->
     assert "In exchange" not in said
     assert "Nothing was measured" not in said + to_html(alone)
     assert said.count("| early exit |") == 2
+    assert "PyTorch float32 on cpu" in said
+
+
+def test_files_of_one_size_are_not_less_than_nothing_smaller(data: ReportData) -> None:
+    sizes = [150.0, 150.0, 90.0]
+    entries = tuple(
+        dataclasses.replace(entry, artifact={**(entry.artifact or {}), "size_bytes": size})
+        for entry, size in zip(data.entries, sizes, strict=True)
+    )
+    said = to_markdown(dataclasses.replace(data, entries=entries))
+    assert "files 0 to 40 % smaller" in said

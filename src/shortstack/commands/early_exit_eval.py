@@ -162,9 +162,11 @@ def _evaluated(
     results = []
     for file, rows in questions.items():
         prompts = encode(codec, rows, style, loading.context_tokens)
-        with display.step(f"{file.parent.name}/{file.name}") as progress:
+        with display.step(str(Path(file.parent.name) / file.name)) as progress:
             timed = answered(answerers, prompts, loading.batch_tokens, progress)
-        results.append(compared(f"{file.parent.name}/{file.stem}", prompts, timed, n_layers))
+        results.append(
+            compared(Path(file.parent.name, file.stem).as_posix(), prompts, timed, n_layers)
+        )
     return results
 
 
