@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from benchmarks.sets import file_of
 from safetensors.numpy import load_file, save_file
 
 from shortstack.checkpoint import Checkpoint
@@ -54,10 +55,7 @@ STATES = ("cut", "repaired", "healed")
 def documents(data: Path, name: str, split: str) -> list[str]:
     from shortstack.evaluate.perplexity import open_documents
 
-    for file in (data / name / f"{split}.jsonl", data / name / f"{split}.jsonl.gz"):
-        if file.is_file():
-            return sorted(open_documents(file), key=_order)
-    raise SystemExit(f"no {split} rows of {name} in {data}")
+    return sorted(open_documents(file_of(data, name, split)), key=_order)
 
 
 def _order(text: str) -> str:
@@ -131,7 +129,7 @@ def score(checkpoint: Checkpoint, asked: argparse.Namespace, device: str) -> dic
             found[name] = metrics.perplexity(nats, counts).to_dict()
         codec = FolderCodec(checkpoint.path)
         for name in CHOICES if asked.test else ():
-            file = next((asked.data / name).glob("test.jsonl*"))
+            file = file_of(asked.data, name, "test")
             asked_rows = score_choices(
                 scorer, codec, subset(open_questions(file), asked.limit, seed=0)
             )

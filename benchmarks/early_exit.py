@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.sets import questions
 from torch.nn import functional
 
 from shortstack import early_exit_report
@@ -45,7 +46,7 @@ from shortstack.pretrained import load
 from shortstack.progress import silent
 from shortstack.prune.early_exit.fit import Settings, baselines, fit
 from shortstack.prune.early_exit.states import collect
-from shortstack.questions import Question, open_questions, refuse_leaks
+from shortstack.questions import Question, refuse_leaks
 from shortstack.runtimes.pytorch_early_exit import Answerer
 
 SETS = (
@@ -67,19 +68,14 @@ VARIANTS = (
 BATCH_ROWS, RATE, WARMUP_SHARE = 16, 5e-5, 0.1
 
 
-def rows_of(data: Path, name: str, split: str) -> list[Question]:
-    found = sorted((data / name).glob(f"{split}.jsonl*"))
-    return list(open_questions(found[0])) if found else []
-
-
 def parts_of(data: Path, name: str, most: int | None) -> dict[str, list[Question]]:
     """`model` tunes the model, `fit` and `validation` the exit; `test` is for the end."""
-    train = rows_of(data, name, "train")
+    train = questions(data, name, "train")
     random.Random(SPLIT_SEED).shuffle(train)
     cut = len(train) * 2 // 3
-    pool = train[cut:] + rows_of(data, name, "validation")
+    pool = train[cut:] + questions(data, name, "validation")
     random.Random(SPLIT_SEED).shuffle(pool)
-    half, test = len(pool) // 2, rows_of(data, name, "test")
+    half, test = len(pool) // 2, questions(data, name, "test")
     random.Random(SPLIT_SEED).shuffle(test)
     parts = {"model": train[:cut], "fit": pool[:half], "validation": pool[half:], "test": test}
     refuse_leaks(parts)

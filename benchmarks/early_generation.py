@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.sets import file_of
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.early_exit.rule import Rule
@@ -57,8 +58,8 @@ FIT_WINDOWS, SEARCH_WINDOWS, SEARCH_TRIALS = 48, 4, 120
 
 
 def texts(data: Path, name: str, split: str) -> list[str]:
-    (file,) = sorted((data / name).glob(f"{split}.jsonl*"))
-    return [str(row["text"]) for _, row in read_rows(file) if str(row.get("text", "")).strip()]
+    rows = read_rows(file_of(data, name, split))
+    return [str(row["text"]) for _, row in rows if str(row.get("text", "")).strip()]
 
 
 def windows(

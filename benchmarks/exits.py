@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 from benchmarks.depth import GENERAL, documents
+from benchmarks.sets import file_of
 from safetensors.numpy import load_file, save_file
 
 from shortstack.checkpoint import Checkpoint
@@ -57,10 +58,6 @@ PROBE_STEPS = 24
 """Steps that tell how fast training is, where a time is set."""
 
 
-def rows_of(data: Path, name: str, split: str) -> Path:
-    return next(iter(sorted((data / name).glob(f"{split}.jsonl*"))))
-
-
 def selection(data: Path) -> list[str]:
     """The quarter of the validation articles that nothing is fitted on."""
     own = documents(data, TEXT, "validation")
@@ -72,7 +69,7 @@ def asked_questions(data: Path) -> list[str]:
     return [
         prompt + continuation
         for name in ASKED
-        for question in open_questions(rows_of(data, name, "train"))
+        for question in open_questions(file_of(data, name, "train"))
         for prompt, continuation in question.rendered()
     ]
 
@@ -254,14 +251,14 @@ def evaluate(asked: argparse.Namespace) -> None:
             models += [f"{folder}@{exit}" for exit in exits if not asked.at or exit in asked.at]
         else:
             models.append(str(folder))
-    text = rows_of(asked.data, TEXT, "test")
+    text = file_of(asked.data, TEXT, "test")
     if asked.split == "validation":
         text = asked.out / "selection.jsonl"
         lines = [json.dumps({"text": document}) for document in selection(asked.data)]
         text.write_text("\n".join(lines) + "\n", encoding="utf-8")
     sets = [SetSpec("wikitext2", "text", text, limit=asked.windows, window_tokens=LENGTH)]
     for name in SCORED:
-        file = rows_of(asked.data, name, asked.split)
+        file = file_of(asked.data, name, asked.split)
         sets.append(SetSpec(name.rpartition("/")[2], "choice", file, limit=asked.limit))
     run(
         models,

@@ -16,7 +16,6 @@ themselves lie in OUT/work.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import math
 import random
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks.code_deltas import save
+from benchmarks.sets import file_of
 from torch import Tensor
 
 from shortstack.checkpoint import Checkpoint
@@ -45,6 +45,7 @@ from shortstack.prune.quantize.matrices import Floats, look_at, matrix_names
 from shortstack.prune.quantize.rate import MatrixRate, other_bits, scale_for
 from shortstack.prune.quantize.sensitivity import measure
 from shortstack.prune.quantize.write import write_folder
+from shortstack.rows import read_rows
 from shortstack.shards import ShardReader
 from shortstack.tokens import Encoder
 
@@ -60,13 +61,12 @@ def silent(done: int, total: int) -> None:
     return None
 
 
-def rows_of(file: Path) -> list[dict[str, Any]]:
-    packed = file.with_name(f"{file.name}.gz")
-    content = gzip.decompress(packed.read_bytes()) if packed.is_file() else file.read_bytes()
-    return [json.loads(line) for line in content.split(b"\n") if line]
+def texts_of(file: Path) -> list[str]:
+    return [text_of(row) for _, row in read_rows(file)]
 
 
 def text_of(row: dict[str, Any]) -> str:
+    """Text to learn from: a question with its right answer and why, not one to be scored."""
     if "text" in row:
         return str(row["text"])
     right = row["choices"][row["answer"]]
@@ -78,8 +78,9 @@ def text_of(row: dict[str, Any]) -> str:
 def documents(data: Path) -> list[str]:
     """Of all train files; short rows of a set are joined."""
     found: list[str] = []
-    for file in sorted({f.with_name("train.jsonl") for f in data.glob("*/*/train.jsonl*")}):
-        texts, current = [text_of(row) for row in rows_of(file)], ""
+    names = {f.parent.relative_to(data).as_posix() for f in data.glob("*/*/train.jsonl*")}
+    for name in sorted(names):
+        texts, current = texts_of(file_of(data, name, "train")), ""
         random.Random(7).shuffle(texts)
         for text in texts:
             current = f"{current}\n\n{text}" if current else text
@@ -91,7 +92,7 @@ def documents(data: Path) -> list[str]:
 
 
 def windows_of(encoder: Encoder, data: Path, name: str, split: str, length: int) -> Tensor:
-    texts = [text_of(row) for row in rows_of(data / name / f"{split}.jsonl")]
+    texts = texts_of(file_of(data, name, split))
     return torch.tensor(packed_windows(texts, encoder.encode, length))
 
 

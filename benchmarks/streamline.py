@@ -31,6 +31,7 @@ from benchmarks.depth import (
     training_windows,
     windows,
 )
+from benchmarks.sets import file_of
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.prune import apply_plan
@@ -55,7 +56,7 @@ def rows_of(checkpoint: Checkpoint, asked: argparse.Namespace, device: str) -> d
     codec = FolderCodec(checkpoint.path)
     with TorchScorer(checkpoint, device=device) as scorer:
         for name in CHOICES:
-            file = next((asked.data / name).glob("test.jsonl*"))
+            file = file_of(asked.data, name, "test")
             questions = subset(open_questions(file), asked.limit, seed=0)
             found[name] = [r.to_dict() for r in score_choices(scorer, codec, questions)]
     return found

@@ -11,7 +11,8 @@ from tests.exits import make_exits
 from shortstack.cli import main
 from shortstack.errors import ShortstackError
 from shortstack.exits.cost import DepthCost, RequestCost, deepest_within
-from shortstack.exits.folder import FACTS, read_exits, split_depth
+from shortstack.exits.folder import FACTS, read_exits
+from shortstack.exits.named import split_depth
 from shortstack.intake import resolve
 from shortstack.runtimes import open_session
 from shortstack.runtimes.pytorch_exits import ExitsSession

@@ -273,3 +273,14 @@ def test_a_recipe_without_exits_takes_no_step_of_them(tiny: Path) -> None:
     plain = recipe(tiny, exits=None, prune={"drop": 2})
     assert exit_steps.depths(plain, None) == []
     assert exit_steps.facts(None, []) is None
+
+
+def test_a_dry_run_of_an_early_exit_alone(
+    tiny: Path, tmp_path: Path, questions: dict[str, Any]
+) -> None:
+    file = tmp_path / "early.yaml"
+    file.write_text(json.dumps({"model": str(tiny), "early_exit": questions}))
+    assert main(["run", str(file), "-o", str(tmp_path / "out"), "--dry-run"]) == 0
+    told = forecast(alone(tiny, questions))
+    assert [row["step"] for row in told["steps"]] == ["early-exit"]
+    assert told["n_layers"] == {"original": 6}

@@ -19,7 +19,12 @@ def tables(data: ReportData) -> list[Table]:
     """What the report has on depth, where it has something."""
     made = [exits_table(data.exits)] if data.exits else []
     found = early_exit_report.tables({"results": data.early_exit or ()})
-    made += [Table(f"Early exit on {t.title}", t.columns, t.rows, 1) for t in found]
+    for result, table in zip(data.early_exit or (), found, strict=True):
+        caption = (
+            f"Early exit on {table.title}, PyTorch {result['dtype']} on {result['device']}; in "
+            "brackets 95 % intervals, paired but for accuracy"
+        )
+        made.append(Table(caption, table.columns, table.rows, 1))
     return made
 
 

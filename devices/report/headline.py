@@ -102,7 +102,7 @@ def _smaller(what: str, ratios: Sequence[float | None]) -> str:
 
 
 def _share(value: float) -> str:
-    return f"{value:.0f} %"
+    return f"{value + 0.0:.0f} %"  # no minus before a zero
 
 
 def _range(values: Sequence[float], say: Callable[[float], str]) -> str:

@@ -111,7 +111,8 @@ def _scored(
 
     where, _ = folder.build_by_steps(SCORES, "Evaluate the early exit", inputs, make)
     data = json.loads((where / "early_exit.json").read_text(encoding="utf-8"))
-    return [{k: v for k, v in row.items() if k != "answers"} for row in data["results"]]
+    how = {"device": data["device"], "dtype": data["dtype"]}
+    return [{k: v for k, v in row.items() if k != "answers"} | how for row in data["results"]]
 
 
 def _loading(recipe: Recipe, choice: EarlyExitRecipe) -> Loading:

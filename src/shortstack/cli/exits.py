@@ -6,11 +6,13 @@ from typing import Annotated
 
 import typer
 
-from shortstack.cli.heal import (
+from shortstack.cli.shared import JsonOption, Out, QuietOption, answer, naming_options, user_errors
+from shortstack.cli.training import (
     BatchWindows,
     Device,
     Dtype,
     EvalSteps,
+    FinalRate,
     General,
     MicroWindows,
     Rate,
@@ -18,9 +20,9 @@ from shortstack.cli.heal import (
     SelectionWindows,
     Share,
     TrainText,
+    Warmup,
     WindowTokens,
 )
-from shortstack.cli.shared import JsonOption, Out, QuietOption, answer, naming_options, user_errors
 
 app = typer.Typer(
     help="Leave a model before its last layer: trained exits (Balcony), fitted rules (AdaInfer).",
@@ -51,8 +53,8 @@ def train(
     batch_windows: BatchWindows = 16,
     micro_windows: MicroWindows = None,
     selection_windows: SelectionWindows = 32,
-    warmup: Annotated[float, typer.Option(help="Share of the steps with a rising rate.")] = 0.05,
-    final_rate: Annotated[float, typer.Option(help="Last rate as a share of --lr.")] = 0.1,
+    warmup: Warmup = 0.05,
+    final_rate: FinalRate = 0.1,
     weight_decay: float = 0.0,
     grad_clip: float = 1.0,
     eval_steps: EvalSteps = None,

@@ -8,27 +8,22 @@ from typing import Annotated
 import typer
 
 from shortstack.cli.shared import JsonOption, Out, QuietOption, answer, naming_options, user_errors
-
-TrainText = Annotated[
-    list[str], typer.Option(help="Your text: a file, spdx, or a folder with splits.")
-]
-General = Annotated[list[str] | None, typer.Option(help="General text, mixed in.")]
-Share = Annotated[float, typer.Option(min=0, max=1, help="Share of general text.")]
-Rate = Annotated[float, typer.Option(help="Highest learning rate.")]
-WindowTokens = Annotated[int, typer.Option(min=8, help="Tokens a window.")]
-BatchWindows = Annotated[int, typer.Option(min=1, help="Windows a step.")]
-MicroWindows = Annotated[int | None, typer.Option(min=1, help="Windows run at once.")]
-SelectionWindows = Annotated[
-    int, typer.Option(min=1, help="Windows of other text that choose the state that is kept.")
-]
-EvalSteps = Annotated[
-    int | None, typer.Option(min=1, help="Steps between such choices; default: a tenth.")
-]
-SaveSteps = Annotated[
-    int | None, typer.Option(min=1, help="Steps between states; default: two minutes.")
-]
-Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16 (autocast).")]
-Device = Annotated[str, typer.Option(help="auto or cpu.")]
+from shortstack.cli.training import (
+    BatchWindows,
+    Device,
+    Dtype,
+    EvalSteps,
+    FinalRate,
+    General,
+    MicroWindows,
+    Rate,
+    SaveSteps,
+    SelectionWindows,
+    Share,
+    TrainText,
+    Warmup,
+    WindowTokens,
+)
 
 
 @user_errors
@@ -61,8 +56,8 @@ def heal(
     batch_windows: BatchWindows = 16,
     micro_windows: MicroWindows = None,
     selection_windows: SelectionWindows = 32,
-    warmup: Annotated[float, typer.Option(help="Share of the steps with a rising rate.")] = 0.05,
-    final_rate: Annotated[float, typer.Option(help="Last rate as a share of --rate.")] = 0.1,
+    warmup: Warmup = 0.05,
+    final_rate: FinalRate = 0.1,
     weight_decay: float = 0.0,
     grad_clip: float = 1.0,
     eval_steps: EvalSteps = None,

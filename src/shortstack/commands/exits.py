@@ -9,7 +9,8 @@ from typing import Any
 
 from shortstack.commands.heal import HealText, beside, training_folder, windows_for
 from shortstack.errors import require
-from shortstack.exits.folder import ExitFolder, exit_key, read_exits
+from shortstack.exits.folder import ExitFolder, read_exits
+from shortstack.exits.named import exit_key
 from shortstack.families import context_tokens
 from shortstack.manifest import check_apart, check_ours, finished, staged, step_key, write_manifest
 from shortstack.progress import Display

@@ -7,7 +7,7 @@ from typing import Any
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.disk import disk_errors
-from shortstack.exits.folder import ExitFolder, read_exits, split_depth
+from shortstack.exits import ExitFolder, read_exits, split_depth
 from shortstack.intake import Preview
 from shortstack.manifest import finished, staged, step_key, write_manifest
 from shortstack.progress import OnProgress
