@@ -53,6 +53,7 @@ class OrtAnswerer:
             self._sessions.append(opened)
         config = folder / "genai_config.json"
         model = json.loads(config.read_text(encoding="utf-8"))["model"] if config.is_file() else {}
+        self.context_tokens: int | None = model.get("context_length")
         self._head_dim = model.get("decoder", {}).get("head_size")
 
     @property

@@ -14,7 +14,9 @@ from safetensors.numpy import save_file
 from tests.test_trim_command import write
 from tests.trimming import made_up
 
+from shortstack.checkpoint import Checkpoint
 from shortstack.cli import main
+from shortstack.commands import early_exit_eval
 from shortstack.early_exit.prompts import LETTERS, WORDS, Style, choose_style, encode, with_examples
 from shortstack.early_exit.rule import Rule
 from shortstack.early_exit.rule_file import read_rule, write_rule
@@ -155,6 +157,33 @@ def test_files_that_are_no_rules_are_refused(tmp_path: Path) -> None:
     save_file({"weights": np.ones(3, np.float32)}, tmp_path / "other.safetensors")
     with pytest.raises(ShortstackError, match="no early exit of shortstack"):
         read_rule(tmp_path / "other.safetensors")
+
+
+def test_a_model_is_no_early_exit_whatever_its_type(tiny: Path) -> None:
+    """Its numbers are bfloat16, which numpy lacks."""
+    with pytest.raises(ShortstackError, match="no early exit of shortstack"):
+        read_rule(tiny / "model.safetensors")
+
+
+def test_no_prompt_is_longer_than_the_models_context(
+    tiny: Path, tmp_path: Path, fit_command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In evaluation as in fitting: beyond it the model is not right."""
+    assert main(fit_command) == 0
+    row = {"question": "Word " * 900, "choices": ["yes", "no"], "answer": 0}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row))
+    lengths: list[int] = []
+
+    def noted(*given: Any) -> Any:
+        prompts = encode(*given)
+        lengths.extend(len(prompt.tokens) for prompt in prompts)
+        return prompts
+
+    monkeypatch.setattr(early_exit_eval, "encode", noted)
+    command = ["eval", str(tiny), "--choice", str(tmp_path / "test.jsonl"), "--quiet"]
+    rule = str(tmp_path / "exit.safetensors")
+    assert main([*command, "--early-exit", rule, "-o", str(tmp_path / "out")]) == 0
+    assert lengths == [Checkpoint.open(tiny).config["max_position_embeddings"]]
 
 
 @pytest.mark.parametrize(

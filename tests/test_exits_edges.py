@@ -86,3 +86,11 @@ def test_no_step_goes_on_behind_a_change_of_depth(tiny: Path, tmp_path: Path, st
         session.depth = 2
         with pytest.raises(ShortstackError, match="needs a prefill before it"):
             getattr(session, step)(given)
+
+
+@pytest.mark.parametrize("budget", [float("nan"), float("inf")])
+def test_a_budget_that_is_no_number_is_refused(budget: float) -> None:
+    """Of `nan` no depth is told apart, and JSON has no infinity."""
+    cost = DepthCost(0.0, 0.1)
+    with pytest.raises(ShortstackError, match="is no budget. Give a number"):
+        deepest_within(budget, {5: 6, 6: 6}, RequestCost(8, cost, cost), 2)

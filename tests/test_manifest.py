@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -114,3 +115,20 @@ def test_what_a_killed_run_left_is_no_part_of_the_next(tmp_path: Path) -> None:
     build(tmp_path / "out", "key")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["file", "shortstack.json"]
     assert not left.exists()
+
+
+def test_what_another_run_begins_meanwhile_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a result is in its place the name of the temporary folder is free."""
+    theirs, replace = tmp_path / ".out.partial" / "theirs", os.replace
+
+    def replaced(source: Path, target: Path) -> None:
+        replace(source, target)
+        theirs.parent.mkdir()
+        theirs.write_text("of another run")
+
+    monkeypatch.setattr(os, "replace", replaced)
+    with staged(tmp_path / "out", "step"):
+        pass
+    assert theirs.is_file()

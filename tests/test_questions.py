@@ -42,6 +42,7 @@ def test_choices_that_fill_a_gap_are_scored_by_what_follows() -> None:
         ({"answer": 2}, "index from 0 to 1, got 2"),
         ({"answer": True}, "got True"),
         ({"context": 3}, "'context' is no text"),
+        ({"choices": ["ice", "\ud83d"]}, "line 1: it holds half of a surrogate pair"),
     ],
 )
 def test_a_bad_row_is_refused_by_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -64,3 +65,17 @@ def test_a_question_in_two_parts_is_a_leak() -> None:
     refuse_leaks({"tune": [first], "scan": [other], "test": []})
     with pytest.raises(ShortstackError, match="tune and test rows share 1 questions"):
         refuse_leaks({"tune": [first], "scan": [other], "test": [again]})
+
+
+def test_a_character_of_two_halves_is_text(tmp_path: Path) -> None:
+    file = write(tmp_path / "q.jsonl", {**GOOD, "question": "What is \N{ROCKET}?"})
+    assert "\\ud83d\\ude80" in file.read_text(encoding="utf-8")
+    assert open_questions(file)[0].question == "What is \N{ROCKET}?"
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"answer": ' + "9" * 5000 + "}"])
+def test_what_python_will_not_read_is_refused_by_line(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_text(line, encoding="utf-8")
+    with pytest.raises(ShortstackError, match="line 1: not JSON"):
+        open_questions(file)

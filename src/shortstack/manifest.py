@@ -177,9 +177,10 @@ def staged(folder: Path, step: str) -> Iterator[Path]:
                 if folder.exists():
                     shutil.rmtree(folder)
                 os.replace(partial, folder)
-                made = []
-            finally:
+            except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
+                raise
+            made = []  # and what is at `partial` by now is another one's
     finally:
         for parent in reversed(made):
             with contextlib.suppress(OSError):  # another step may have put something there

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shortstack.checkpoint import Checkpoint
-from shortstack.commands.early_exit_eval import beside, open_model
+from shortstack.commands.early_exit_eval import beside, open_model, prompt_limit
 from shortstack.commands.stages import opened
 from shortstack.early_exit.prompts import (
     Prompt,
@@ -77,10 +77,7 @@ def fit_exit(
         every = [question for part in parts.values() for question in part]
         style = with_examples(choose_style(codec, every, answers), parts["tune"], shots, seed)
         parts["tune"] = without_examples(style, parts["tune"])
-        length = min(
-            context_tokens(checkpoint.config, windowed=True) or loading.context_tokens,
-            loading.context_tokens,
-        )
+        length = prompt_limit(loading, context_tokens(checkpoint.config, windowed=True))
         prompts = {name: encode(codec, part, style, length) for name, part in parts.items()}
         rule, others = _fit(checkpoint, prompts, style, chosen, loading, display)
     write_rule(rule, out)

@@ -21,9 +21,8 @@ from shortstack.errors import ShortstackError, require
 from shortstack.evaluate import metrics
 from shortstack.evaluate.codec import FolderCodec
 from shortstack.evaluate.subsets import subset
-from shortstack.manifest import (
-    write_text,
-)
+from shortstack.families import context_tokens
+from shortstack.manifest import write_text
 from shortstack.progress import Display
 from shortstack.questions import Question, open_questions
 
@@ -58,6 +57,11 @@ def open_model(checkpoint: Checkpoint, loading: Loading) -> Any:
 
     torch.set_num_threads(loading.threads)
     return load(checkpoint.path, getattr(torch, loading.dtype)).to(loading.device)
+
+
+def prompt_limit(loading: Loading, context: int | None) -> int:
+    """Of how many tokens a prompt may be: what was asked for, or the model's context if less."""
+    return min(loading.context_tokens, context or loading.context_tokens)
 
 
 def evaluate_exit(
@@ -121,7 +125,8 @@ def _evaluated_here(
         loaded, codec = open_model(checkpoint, loading), FolderCodec(checkpoint.path)
         answerers: dict[str, Answering] = {WHOLE: Answerer(loaded)}
         answerers |= {name: Answerer(loaded, rule) for name, rule in rules.items()}
-        return _evaluated(answerers, codec, questions, rules, loading, display)
+        limit = prompt_limit(loading, context_tokens(checkpoint.config, windowed=True))
+        return _evaluated(answerers, codec, questions, rules, loading, limit, display)
 
 
 def _evaluated_onnx(
@@ -143,11 +148,13 @@ def _evaluated_onnx(
         for name, rule in rules.items()
         if name == OURS or set(rule.layers) <= set(found.cuts)
     }
-    answerers: dict[str, Answering] = {WHOLE: OrtAnswerer(folder, threads=loading.threads)}
+    whole = OrtAnswerer(folder, threads=loading.threads)
+    limit = prompt_limit(loading, whole.context_tokens)
+    answerers: dict[str, Answering] = {WHOLE: whole}
     answerers |= {
         name: OrtAnswerer(folder, rule, threads=loading.threads) for name, rule in fitting.items()
     }
-    return _evaluated(answerers, FolderCodec(folder), questions, fitting, loading, display)
+    return _evaluated(answerers, FolderCodec(folder), questions, fitting, loading, limit, display)
 
 
 def _evaluated(
@@ -156,12 +163,14 @@ def _evaluated(
     questions: Mapping[Path, Sequence[Question]],
     rules: Mapping[str, Rule],
     loading: Loading,
+    limit: int,
     display: Display,
 ) -> list[dict[str, Any]]:
+    """`limit`: tokens of a prompt, of which the last ones are kept."""
     style, n_layers = Style(**rules[OURS].facts["style"]), answerers[WHOLE].n_layers
     results = []
     for file, rows in questions.items():
-        prompts = encode(codec, rows, style, loading.context_tokens)
+        prompts = encode(codec, rows, style, limit)
         with display.step(f"{file.absolute().parent.name}/{file.name}") as progress:
             timed = answered(answerers, prompts, loading.batch_tokens, progress)
         results.append(

@@ -76,14 +76,18 @@ def read_rule(file: Path) -> Rule:
     try:
         with safe_open(file, framework="np") as opened:
             said = opened.metadata() or {}
+            _check_kind(file, said)  # of a model not even the types of numbers may be known here
             arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no dict
     except (SafetensorError, OSError) as error:
         raise ShortstackError(
-            f"{file} cannot be read: {one_line(str(error), 200)} Fit the early exit again."
+            f"{file} cannot be read: {one_line(str(error), 200)}. Fit the early exit again."
         ) from None
+    return _checked(file, said.get("facts", ""), said.get("sha256", ""), arrays)
+
+
+def _check_kind(file: Path, said: Mapping[str, str]) -> None:
     if said.get("format") != FORMAT:
         raise ShortstackError(f"{file} is no early exit of shortstack. Name another file.")
-    return _checked(file, said.get("facts", ""), said.get("sha256", ""), arrays)
 
 
 def _checked(file: Path, facts: str, sha256: str, arrays: dict[str, Any]) -> Rule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,8 +47,11 @@ def deepest_within(
 ) -> int:
     """The deepest depth whose request keeps to a budget; `layers_at`: depth -> layers that run.
 
-    Raises ShortstackError where none does, with the least that is possible.
+    Raises ShortstackError where none does, with the least that is possible, and for a budget that
+    is no number.
     """
+    if not math.isfinite(max_latency_ms):
+        raise ShortstackError(f"{max_latency_ms} ms is no budget. Give a number, e.g. 400.")
     spent_ms = {
         depth: 1e3 * cost.seconds(layers, new_tokens) for depth, layers in layers_at.items()
     }

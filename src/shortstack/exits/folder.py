@@ -78,15 +78,15 @@ class ExitFolder:
         where its shapes and the exits' differ."""
         if not (self.base / "config.json").is_file():
             raise ShortstackError(
-                f"{self.path} belongs to a model at {self.base}, which is not there. "
-                "Name its folder with --model."
+                f"{self.path} belongs to a model at {self.base}, which is not there. Put it there, "
+                "or name its folder with --model of exits choose or exits export."
             )
         base = Checkpoint.open(self.base)
         if base.sha256 != self.base_sha256:
             raise ShortstackError(
                 f"{self.path} was made for another model than {self.base}: its hash is "
                 f"{self.base_sha256[:12]}, that of the folder {base.sha256[:12]}. "
-                "Name the right one with --model."
+                "Put the right one there, or name it with --model of exits choose or exits export."
             )
         self._check_tensors(base)
         return base
