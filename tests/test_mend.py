@@ -67,6 +67,7 @@ def test_a_second_run_keeps_what_was_healed(done: tuple[Path, dict[str, Any]], t
         ({"repair": {"method": "glue"}}, "unknown repair 'glue'"),
         ({"heal": {**HEAL, "train": "hands"}}, "unknown choice of what to train 'hands'"),
         ({"heal": {**HEAL, "options": {"rat": 1}}}, "unknown option of training 'rat'"),
+        ({"heal": {**HEAL, "options": {"train": "all"}}}, "train is among the options of training"),
         ({"heal": {**HEAL, "window_tokens": 10**6}}, "training text holds no 1000000 tokens"),
         ({"heal": {**HEAL, "general": "none.txt"}}, "cannot read the text file none.txt"),
     ],

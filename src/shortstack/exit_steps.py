@@ -41,6 +41,8 @@ def check(recipe: Recipe, preview: Preview | None) -> None:
             f"exits.export names an exit behind {missing[0]} layers, exits.at does not. Add it "
             "there, or leave it out."
         )
+    if len(set(recipe.exits.chosen)) < len(recipe.exits.chosen):
+        raise ShortstackError("exits.export names an exit twice. Name each once.")
     if preview is not None:
         check_opened(recipe, preview.checkpoint)
 

@@ -122,14 +122,20 @@ def _heal(
 
 def training_settings(choice: TrainingRecipe, seed: int) -> Any:
     """What a section of a recipe says, as `HealSettings`. Raises ShortstackError for an option that
-    these do not have."""
+    these do not have, that this training does not read, and that is a key of the section."""
     from shortstack.prune.heal.settings import HealSettings
 
-    known = {field.name for field in dataclasses.fields(HealSettings)}
+    known = {field.name for field in dataclasses.fields(HealSettings)} - choice.unread
+    named = choice.model_dump(include=known)
+    twice = sorted(set(choice.options) & named.keys())
+    if twice:
+        raise ShortstackError(
+            f"{twice[0]} is among the options of training and has a key of its own. Write it "
+            f"beside options, not in them: {twice[0]}: {choice.options[twice[0]]}"
+        )
     wrong = sorted(set(choice.options) - known)
     if wrong:
-        raise unknown("option of training", wrong[0], known)
-    named = choice.model_dump(include=known)
+        raise unknown("option of training", wrong[0], known - named.keys())
     try:
         return HealSettings(**{"seed": seed, **named, **choice.options})
     except TypeError as error:  # a text where a number belongs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
@@ -10,7 +12,10 @@ class Strict(BaseModel):
 
 
 class TrainingRecipe(Strict):
-    """What every training on text is told; `options` are any other of `HealSettings`."""
+    """What every training on text is told; `options` are any other of `HealSettings` but those of
+    `unread`, which are of no effect on it."""
+
+    unread: ClassVar[frozenset[str]] = frozenset()
 
     window_tokens: int = Field(512, ge=8)
     batch_windows: int = Field(16, ge=1)
@@ -22,6 +27,10 @@ class TrainingRecipe(Strict):
 
 class ExitsRecipe(TrainingRecipe):
     """Exits of the frozen original (Balcony): trained together, each exported as a model."""
+
+    unread = frozenset(
+        {"alpha", "keep_float32", "loss", "replaces", "temperature", "top_k", "train"}
+    )
 
     at: list[int] = Field(min_length=1, description="behind how many layers")
     tokens: int = Field(0, ge=0, description="to train on; 0 for init none alone")
