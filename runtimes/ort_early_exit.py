@@ -116,12 +116,17 @@ def probability_features(logits: Floats) -> Floats:
     return np.array([top, top - next_one, first - second], np.float32)
 
 
-def _check_rule(rule: Rule, cuts: Sequence[int], folder: Path) -> None:
+def check_probe(rule: Rule) -> None:
+    """Raise ShortstackError for a rule whose check needs more of the model than states."""
     if rule.check != PROBE:
         raise ShortstackError(
             f"onnxruntime runs early exits with a probe, this one's check is {rule.check!r}. "
             "Fit one with --check probe."
         )
+
+
+def _check_rule(rule: Rule, cuts: Sequence[int], folder: Path) -> None:
+    check_probe(rule)
     missing = [layer for layer in rule.layers if layer not in cuts]
     if missing:
         raise ShortstackError(

@@ -48,9 +48,14 @@ def _interval(found: Mapping[str, float], form: str) -> str:
 
 
 def markdown(data: Mapping[str, Any]) -> str:
+    what = (
+        "ONNX graphs in onnxruntime"
+        if data["runtime"] == "onnxruntime"
+        else f"Checkpoint in {data['dtype']}"
+    )
     lines = ["# Early exit", "", *as_markdown(tables(data))]
     lines += [
-        f"Checkpoint in {data['dtype']} on {data['device']}. Intervals are 95 %: Wilson for "
+        f"{what} on {data['device']}. Intervals are 95 %: Wilson for "
         "accuracy, bootstrap over rows for the difference on the same rows and for layers, over "
         "batches for time. The time is that of all prompts, checks included, against the whole "
         "model's on the same batches in the same process.",

@@ -125,13 +125,27 @@ def test_the_commands_split_and_evaluate(
     write_rule(rule(0.6, model_sha256=sha256, n_layers=6, facts=facts), file)
     out = tmp_path / "split"
     assert main(["exits", "split", str(export), "--early-exit", str(file), "-o", str(out)]) == 0
+    context = Checkpoint.open(tiny).config["max_position_embeddings"]
+    assert OrtAnswerer(out).context_tokens == context
     capsys.readouterr()
     rows = write(tmp_path / "test.jsonl", made_up(12, seed=9))
     command = ["eval", str(out), "--choice", rows, "--early-exit", str(file), "--json", "-o"]
     assert main([*command, str(tmp_path / "scores")]) == 0
-    (result,) = json.loads(capsys.readouterr().out)["results"]
+    told = json.loads(capsys.readouterr().out)
+    (result,) = told["results"]
+    assert (told["runtime"], told["dtype"]) == ("onnxruntime", None)
+    said = (tmp_path / "scores" / "early_exit.md").read_text(encoding="utf-8")
+    assert "ONNX graphs in onnxruntime on cpu." in said
+    for words in (("--dtype", "bfloat16"), ("--device", "cuda:0")):
+        assert main([*command, str(tmp_path / "no"), *words]) == 2
+        assert f"{words[1]}. Leave" in capsys.readouterr().err
     assert [entry["rule"] for entry in result["rules"]] == ["whole model", "early exit"]
     assert result["rules"][1]["saved"]["estimate"] > 0
+    plain = dataclasses.replace(rule(0.6, model_sha256=sha256, n_layers=6), check="answers")
+    write_rule(plain, tmp_path / "plain.safetensors")
+    command = ["exits", "split", str(export), "--early-exit", str(tmp_path / "plain.safetensors")]
+    assert main([*command, "-o", str(tmp_path / "no")]) == 2
+    assert "Fit one with --check probe" in capsys.readouterr().err
     write_rule(rule(0.6, model_sha256="0" * 64, n_layers=6, facts=facts), file)
     command = ["exits", "split", str(export), "--early-exit", str(file), "-o", str(out)]
     assert main(command) == 2

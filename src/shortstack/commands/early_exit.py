@@ -169,10 +169,12 @@ def split_export(export: Path, classifier: Path, out: Path, *, display: Display)
     require(("onnx_ir", "onnxruntime"), "onnx", "splitting an ONNX export")
     from shortstack.commands.stages import open_artifact
     from shortstack.export.onnx_split import split
+    from shortstack.runtimes.ort_early_exit import check_probe
 
     check_ours(out, "split")
     check_apart(out, [export, classifier])
     rule = read_rule(classifier)
+    check_probe(rule)
     artifact = open_artifact(export)
     if artifact.format != "onnx":
         raise ShortstackError(

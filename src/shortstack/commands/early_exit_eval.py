@@ -89,14 +89,17 @@ def evaluate_exit(
         if beside(classifier, name).is_file():
             rules[title] = read_rule(beside(classifier, name))
     questions = {file: subset(open_questions(file), limit, seed) for file in files}
-    check_loading(loading.device, loading.dtype)
     _check_folder(out)
+    data: dict[str, Any] = {"schema": 1, "model": model, "classifier": str(classifier)}
+    data |= {"seed": seed, "device": loading.device}
     if (Path(model) / SEGMENTS).is_file():
-        results = _evaluated_onnx(Path(model), questions, rules, loading, display)
+        _check_onnx(loading)
+        data |= {"runtime": "onnxruntime", "dtype": None}
+        data["results"] = _evaluated_onnx(Path(model), questions, rules, loading, display)
     else:
-        results = _evaluated_here(model, out, questions, rules, loading, display)
-    data = {"schema": 1, "model": model, "classifier": str(classifier), "seed": seed}
-    data |= {"device": loading.device, "dtype": loading.dtype, "results": results}
+        check_loading(loading.device, loading.dtype)
+        data |= {"runtime": "pytorch", "dtype": loading.dtype}
+        data["results"] = _evaluated_here(model, out, questions, rules, loading, display)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "early_exit.json", json.dumps(data, indent=1) + "\n")
     write_text(out / "early_exit.md", early_exit_report.markdown(data))
@@ -107,6 +110,19 @@ def _check_folder(out: Path) -> None:
     present = {file.name for file in out.iterdir()} if out.is_dir() else set()
     if out.is_file() or present - {"early_exit.json", "early_exit.md"}:
         raise ShortstackError(f"{out} holds other things. Choose another -o.")
+
+
+def _check_onnx(loading: Loading) -> None:
+    if loading.device != "cpu":
+        raise ShortstackError(
+            f"graphs that were split run in onnxruntime on the CPU, not on {loading.device}. Leave "
+            "--device out."
+        )
+    if loading.dtype != "float32":
+        raise ShortstackError(
+            f"what graphs compute in was settled when they were exported, not by --dtype "
+            f"{loading.dtype}. Leave it out."
+        )
 
 
 def _evaluated_here(
