@@ -81,14 +81,15 @@ def untrained(base: Checkpoint, at: Sequence[int], out: Path) -> ExitFolder:
 
 
 def exits_of(asked: argparse.Namespace) -> ExitFolder:
-    """Those that were named, or made before, or untrained ones."""
-    if asked.exits is not None:
-        return read_exits(asked.exits, asked.model)
-    made = asked.work / "exits"
-    if not made.exists():
+    """Those that were named, or made before, or untrained ones. Raises ShortstackError for those of
+    another model, whose exports lie in WORK, too."""
+    made = asked.exits or asked.work / "exits"
+    if asked.exits is None and not made.exists():
         print("exits are copies of the last layer, not trained: for speed alone", flush=True)
         return untrained(Checkpoint.open(asked.model), asked.at, made)
-    return read_exits(made, asked.model)
+    exits = read_exits(made, asked.model)
+    exits.open_base()
+    return exits
 
 
 def folder(asked: argparse.Namespace, depth: int | None) -> Path:

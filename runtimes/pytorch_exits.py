@@ -119,7 +119,13 @@ class ExitsSession(PyTorchSession):
 
 
 def check_request(prompt_tokens: int, new_tokens: int, context: int | None, whose: str) -> None:
-    """Raise ShortstackError for a request that a context has no room for; None has room for all."""
+    """Raise ShortstackError for a request of no tokens, and for one that a context has no room for;
+    None has room for all."""
+    if min(prompt_tokens, new_tokens) < 1:
+        raise ShortstackError(
+            f"a request is a prompt and at least one new token, {prompt_tokens} and {new_tokens} "
+            "were asked for. Ask for one of each at least."
+        )
     if context is not None and prompt_tokens + new_tokens > context:
         raise ShortstackError(
             f"a prompt of {prompt_tokens} and {new_tokens} new tokens are "

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from benchmarks.exit_speed import arguments, campaigns, make, table
 from tests.devices.bench_sample import PER_LAYER, REST, bench, measurement, written
+from tests.zoo import make_model
 
 from shortstack.checkpoint import Checkpoint
+from shortstack.errors import ShortstackError
 
 
 def asked(tiny: Path, tmp_path: Path, *words: str) -> Any:
@@ -32,6 +34,14 @@ def test_every_depth_is_made_once_and_measured_in_one_campaign(tiny: Path, tmp_p
     ]
     assert not list(tmp_path.glob(".*"))
     assert json.loads((tmp_path / "exits/exits.json").read_text())["facts"]["tokens"] == 0
+
+
+def test_work_of_another_model_is_not_taken_for_this_ones(tiny: Path, tmp_path: Path) -> None:
+    words = ("--runtimes", "pytorch")
+    make(asked(tiny, tmp_path / "work", *words))
+    other = make_model("llama", tmp_path / "other")
+    with pytest.raises(ShortstackError, match="was made for another model than"):
+        make(asked(other, tmp_path / "work", *words))
 
 
 def test_a_card_adds_graphs_of_written_folders(tiny: Path, tmp_path: Path) -> None:

@@ -70,6 +70,9 @@ def test_a_request_beyond_the_context_is_refused_before_anything_is_measured(
         with pytest.raises(ShortstackError, match=said):
             session.choose(1e6, prompt_tokens=24, new_tokens=9)
         assert session.choose(1e6, prompt_tokens=24, new_tokens=8) == 6
+        for none in ({"prompt_tokens": 0}, {"prompt_tokens": 4, "new_tokens": -100}):
+            with pytest.raises(ShortstackError, match="a prompt and at least one new token"):
+                session.choose(1e6, **none)
     words = ("--max-latency-ms", "1e6", "--prompt-tokens", "128", "--new-tokens", "100000")
     assert main(["exits", "choose", str(exits), *words]) == 2
     told = capsys.readouterr().err

@@ -57,7 +57,9 @@ def save(
 
 
 def load(folder: Path, key: str) -> tuple[Position, dict[str, dict[str, Tensor]]] | None:
-    """The last whole state of the run `key`; None where there is none."""
+    """The last whole state of the run `key`; None where there is none. One that a machine's crash
+    cut short is passed by."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     for target in sorted(folder.glob("step-*[0-9]"), reverse=True):
@@ -67,6 +69,6 @@ def load(folder: Path, key: str) -> tuple[Position, dict[str, dict[str, Tensor]]
                 continue
             files = sorted(target.glob("*.safetensors"))
             return Position(**facts), {file.stem: load_file(file) for file in files}
-        except (OSError, ValueError, TypeError, KeyError):
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError):
             continue
     return None

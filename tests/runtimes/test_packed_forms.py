@@ -70,6 +70,18 @@ def test_every_form_holds_the_very_codes(form: str, rows: int, columns: int) -> 
             assert error < 0.01 * linear(x.float(), weights).norm()
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(6, 16389), (5000, 13)])
+def test_rows_of_any_width_are_packed_for_a_card(rows: int, columns: int) -> None:
+    """Of more than one block of entries, of no whole words, and more than are packed at once."""
+    made = codes(rows, columns)
+    held = CardDirectMatrix(made, torch.float32, CPU)
+    wanted = torch.from_numpy(made.codes)
+    assert torch.equal(held.codes(0, rows), wanted)
+    assert torch.equal(held.codes(2, rows - 1), wanted[2:-1])
+    ids = torch.tensor([rows - 1, 1, 3, 1])
+    assert torch.equal(held.code_rows(ids), wanted[ids])
+
+
 def test_nibbles_are_laid_out_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     nibbles = np.random.default_rng(0).integers(-8, 8, (300, 96)).astype(np.int8)
     whole, rows = direct.pack(nibbles)

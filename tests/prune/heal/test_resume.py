@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tests.healing import LENGTH, Windows, read, settings
 
 from shortstack import cli
 from shortstack.checkpoint import Checkpoint
+from shortstack.prune.heal import state
 from shortstack.prune.heal.train import heal
 
 STEPS = 12
@@ -83,6 +85,15 @@ def test_a_state_of_another_run_is_not_gone_on_from(
         )
     assert list((tmp_path / "state").glob("step-*"))
     assert read(run("after", 1, 4 * 8 * LENGTH)) == alone
+
+
+def test_a_state_that_was_cut_short_is_passed_by(tmp_path: Path) -> None:
+    tensors = {"model": {"weight": torch.ones(3)}}
+    state.save(tmp_path, "key", state.Position(step=1), tensors)
+    assert state.load(tmp_path, "key") is not None
+    (file,) = tmp_path.glob("step-*/model.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    assert state.load(tmp_path, "key") is None
 
 
 @pytest.mark.parametrize("train", ["all", "lora:4"])
