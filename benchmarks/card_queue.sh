@@ -32,6 +32,16 @@ learn() { # BITS
     --sweep-tokens 1500000 --tokens 10000000 --self-generated 1000000 --device cuda:0 --test -o "$out/learn-$1"
 }
 exits() { python3 -m benchmarks.exits "$1" "$model" --data "$data" --out "$out/exits" "${@:2}"; }
+sampled() { # wait for the card that samples text; fails where none does, or where it failed
+  until [ -e "$out/exits/sampled" ]; do
+    if [ ! -d "$out/queue/sample" ] || [ -e "$out/queue/sample/exit" ]; then
+      [ -e "$out/exits/sampled" ] && return
+      echo "there is no sampled text: run the item sample"
+      return 1
+    fi
+    sleep 1
+  done
+}
 item() {
   case $1 in
     llama-bench) small gguf Q8_0 model-Q8_0.gguf
@@ -49,10 +59,8 @@ item() {
     early-plain) python3 -m benchmarks.early_exit "$model" --data "$data" --out "$out/early-plain" --device cuda:0 --exit-loss 0 ;;
     generation) python3 -m benchmarks.early_generation "$model" --data "$data" --out "$out/generation" --device cuda:0 --part exit ;;
     sample) exits sample --tokens 9000000 --batch 768 && touch "$out/exits/sampled" ;;
-    balcony) while [ ! -e "$out/exits/sampled" ]; do sleep 1; done
-      exits train --kind balcony --tokens 50000000 --rate 4e-3 && exits eval balcony --split test --device cuda:0 ;;
-    cut-15) while [ ! -e "$out/exits/sampled" ]; do sleep 1; done
-      exits train --kind cut --at 15 --name cut15 --tokens 50000000 --rate 1e-3 && exits eval cut15 --split test --device cuda:0 ;;
+    balcony) sampled && exits train --kind balcony --tokens 50000000 --rate 4e-3 && exits eval balcony --split test --device cuda:0 ;;
+    cut-15) sampled && exits train --kind cut --at 15 --name cut15 --tokens 50000000 --rate 1e-3 && exits eval cut15 --split test --device cuda:0 ;;
     learn-*) learn "${1#learn-}" ;;
     *energy) formats --only "$1" ;;
     *) formats --repeats 2 --only "$1" ;;
@@ -67,5 +75,7 @@ for name in ${ITEMS:-$every}; do
   mkdir "$out/queue/$name" 2>/dev/null || continue
   began=$(date +%s)
   item "$name" >"$out/log-$name.txt" 2>&1
-  echo "card ${CUDA_VISIBLE_DEVICES:-all} $name: exit $?, $(($(date +%s) - began)) s"
+  code=$?
+  echo "$code" >"$out/queue/$name/exit"
+  echo "card ${CUDA_VISIBLE_DEVICES:-all} $name: exit $code, $(($(date +%s) - began)) s"
 done
