@@ -9,6 +9,7 @@ import pytest
 from tests.exits import make_exits
 
 from shortstack.cli import main
+from shortstack.commands.heal import training_folder
 from shortstack.errors import ShortstackError
 from shortstack.exits.cost import DepthCost, RequestCost, deepest_within
 from shortstack.exits.folder import FACTS, read_exits
@@ -58,6 +59,12 @@ def test_an_exit_may_be_exported_to_its_own_name(
     named = f"{exits}@2"
     assert main(["exits", "export", str(exits), "--exit", "2", "-o", named, "--json"]) == 0
     assert resolve(named) == ("folder", named)
+
+
+def test_training_an_exit_says_how_it_becomes_a_folder(tiny: Path, tmp_path: Path) -> None:
+    exits = make_exits(tiny, tmp_path / "exits").path
+    with pytest.raises(ShortstackError, match=f"shortstack exits export {exits} --exit 2 -o"):
+        training_folder(f"{exits}@2")
 
 
 def test_a_request_beyond_the_context_is_refused_before_anything_is_measured(

@@ -237,8 +237,11 @@ def windows_for(
 def training_folder(model: str) -> Checkpoint:
     kind, target = resolve(model)
     if kind != "folder":
+        how = "shortstack prune MODEL --drop LAYERS -o FOLDER"
+        if kind == "exit":
+            exits, _, depth = model.rpartition("@")
+            how = f"shortstack exits export {exits} --exit {depth} -o FOLDER"
         raise ShortstackError(
-            f"{model} is no Hugging Face folder: training needs one. Make one of it with "
-            "shortstack prune MODEL --drop LAYERS -o FOLDER."
+            f"{model} is no Hugging Face folder: training needs one. Make one of it with {how}."
         )
     return Checkpoint.open(Path(target))
