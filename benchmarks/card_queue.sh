@@ -42,6 +42,7 @@ item() {
     tests) python3 -m shortstack doctor; python3 -m pytest -q -p no:cacheprovider -W "ignore:invalid escape sequence" \
       -W 'ignore:`torch.jit:DeprecationWarning' tests/runtimes/test_packed_card.py tests/runtimes/test_pytorch_card.py \
       tests/runtimes/test_ort_card.py tests/devices/test_real_card.py tests/devices/test_roofline_ceilings.py ;;
+    kernels) python3 -m benchmarks.direct_kernels --json "$out/kernels.json" ;;
     packed) python3 -m benchmarks.packed_memory --device cuda:0 --shape 7b --nvcomp -o "$out/packed" ;;
     exit-speed) python3 -m benchmarks.exit_speed bench "$model" --work "$out/exit-work" \
       --out "$out/exit-speed" --device cuda:0 --threads 8 ;;
@@ -60,7 +61,7 @@ item() {
 }
 
 every="llama-bench graph-24-12-b8 onnx-24-12-b8 bnb-int8-32-16-b1 onnx-32-16-b1-energy torchao-int4-graph-32-16-b1-energy
-  bnb-nf4-graph-32-16-b1-energy genai packed exit-speed early early-plain graph-32-16-b8-energy onnx-32-16-b8-energy
+  bnb-nf4-graph-32-16-b1-energy genai kernels packed exit-speed early early-plain graph-32-16-b8-energy onnx-32-16-b8-energy
   gguf-32-16-b8-energy eager-24-12-b8 sample balcony learn-5.0 learn-3.86 cut-15 generation tests
   eager-32-16-b1-energy graph-32-16-b1 onnx-32-16-b1 gguf-32-16-b1"
 for name in ${ITEMS:-$every}; do
