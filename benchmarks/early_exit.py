@@ -12,8 +12,8 @@ with that weight where the norm and the head read the checked layers (LayerSkip'
 arXiv:2404.16710): all decide earlier. The other
 third and the validation rows are halved: classifiers are fitted to one half, thresholds to the
 other, at a loss of at most `--loss` and at most `--changed` of the answers another than the whole
-model's: of a hundred rows the loss alone says little. The test rows are run once, by all rules in turns, batch by
-batch; `--single-rows` of them one by one, too. `--rows` bounds every part.
+model's: of a hundred rows the loss alone says little. The test rows are run once, by all rules in
+turns, batch by batch; `--single-rows` of them one by one, too. `--rows` bounds every part.
 """
 
 from __future__ import annotations
