@@ -18,7 +18,11 @@ OPTIMUM_TESTS := tests/export/test_onnx_optimum.py tests/test_spellings.py \
 	tests/prune/test_per_layer.py tests/prune/test_methods.py tests/prune/test_scoring.py \
 	tests/prune/test_choosing.py tests/prune/test_repair.py \
 	tests/prune/test_repair_folding.py tests/prune/test_repair_statistics.py \
-	tests/evaluate/test_torch_scorer.py tests/test_boundaries.py
+	tests/evaluate/test_torch_scorer.py tests/test_boundaries.py \
+	tests/prune/test_early_exit.py tests/prune/test_skip.py tests/test_exits.py \
+	tests/test_exits_edges.py tests/runtimes/test_pytorch_exits.py \
+	tests/runtimes/test_pytorch_early_exit.py tests/runtimes/test_pytorch_early_tokens.py \
+	tests/runtimes/test_pytorch_speculate.py tests/runtimes/test_pytorch_speculate_exits.py
 
 # llama.cpp compiled with AMX crashes on CPUs that have it for any batch above one token (gcc 12):
 # leave AMX out, keep AVX-512. Compilers that do not know the flags (Arm) get none.
@@ -98,5 +102,5 @@ $(OPTIMUM)/.dev: constraints-optimum.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(OPTIMUM)
 	$(OPTIMUM_PIP) torch numpy
-	$(OPTIMUM_PIP) -e '.[optimum]' pytest spdx
+	$(OPTIMUM_PIP) -e '.[optimum,exits]' pytest spdx
 	@touch $@

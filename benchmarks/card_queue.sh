@@ -42,6 +42,23 @@ sampled() { # wait for the card that samples text; fails where none does, or whe
     sleep 1
   done
 }
+double() { # cuts of 8 and 15 layers, healed; all in every kind of file
+  python3 - "$data" "$out/texts.jsonl" <<'PY'
+import json, sys
+from pathlib import Path
+from benchmarks.learn_codes import documents
+lines = [json.dumps({"text": text}) + "\n" for text in documents(Path(sys.argv[1]))]
+Path(sys.argv[2]).write_text("".join(lines), encoding="utf-8")
+PY
+  python3 -m benchmarks.depth "$model" --data "$data" --out "$out/depth" --methods cosine-run --depths 8 15 --states healed \
+    --tokens 5000000 --sampled 0 --rate 1e-3 --batch 8 --devices cuda:0 --jobs 2 --keep --threads 8
+  mkdir -p "$out/cuts"
+  ln -sfn "$model" "$out/cuts/30-layers"
+  ln -sfn "$out/depth/cosine-run-8/healed" "$out/cuts/22-layers"
+  ln -sfn "$out/depth/cosine-run-15/healed" "$out/cuts/15-layers"
+  python3 -m benchmarks.double "$out"/cuts/{30,22,15}-layers --out "$out/double" --text "$data/general/wikitext2/test.jsonl" --limit 16 \
+    --bits 6 5 4.5 3.86 --gguf Q8_0 Q4_K_M Q4_0 --calibration "$out/texts.jsonl" --device cuda:0 --threads 8
+}
 item() {
   case $1 in
     llama-bench) small gguf Q8_0 model-Q8_0.gguf
@@ -52,6 +69,7 @@ item() {
     tests) python3 -m shortstack doctor; python3 -m pytest -q -p no:cacheprovider -W "ignore:invalid escape sequence" \
       -W 'ignore:`torch.jit:DeprecationWarning' tests/runtimes/test_packed_card.py tests/runtimes/test_pytorch_card.py \
       tests/runtimes/test_ort_card.py tests/devices/test_real_card.py tests/devices/test_roofline_ceilings.py ;;
+    kernels) python3 -m benchmarks.direct_kernels --json "$out/kernels.json" ;;
     packed) python3 -m benchmarks.packed_memory --device cuda:0 --shape 7b --nvcomp -o "$out/packed" ;;
     exit-speed) python3 -m benchmarks.exit_speed bench "$model" --work "$out/exit-work" \
       --out "$out/exit-speed" --device cuda:0 --threads 8 ;;
@@ -61,6 +79,7 @@ item() {
     sample) exits sample --tokens 9000000 --batch 768 && touch "$out/exits/sampled" ;;
     balcony) sampled && exits train --kind balcony --tokens 50000000 --rate 4e-3 && exits eval balcony --split test --device cuda:0 ;;
     cut-15) sampled && exits train --kind cut --at 15 --name cut15 --tokens 50000000 --rate 1e-3 && exits eval cut15 --split test --device cuda:0 ;;
+    double) double ;;
     learn-*) learn "${1#learn-}" ;;
     *energy) formats --only "$1" ;;
     *) formats --repeats 2 --only "$1" ;;
@@ -68,8 +87,8 @@ item() {
 }
 
 every="llama-bench graph-24-12-b8 onnx-24-12-b8 bnb-int8-32-16-b1 onnx-32-16-b1-energy torchao-int4-graph-32-16-b1-energy
-  bnb-nf4-graph-32-16-b1-energy genai packed exit-speed early early-plain graph-32-16-b8-energy onnx-32-16-b8-energy
-  gguf-32-16-b8-energy eager-24-12-b8 sample balcony learn-5.0 learn-3.86 cut-15 generation tests
+  bnb-nf4-graph-32-16-b1-energy genai kernels packed exit-speed early early-plain graph-32-16-b8-energy onnx-32-16-b8-energy
+  gguf-32-16-b8-energy eager-24-12-b8 sample balcony learn-5.0 learn-3.86 cut-15 double generation tests
   eager-32-16-b1-energy graph-32-16-b1 onnx-32-16-b1 gguf-32-16-b1"
 for name in ${ITEMS:-$every}; do
   mkdir "$out/queue/$name" 2>/dev/null || continue

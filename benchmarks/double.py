@@ -3,6 +3,7 @@
     python -m benchmarks.double ORIGINAL CUT [CUT...] --out OUT --text FILE [FILE...]
         [--bits 6 5 4.5 3.86 3.4] [--gguf F16 Q8_0 Q4_K_M ...] [--calibration FILE]
         [--limit 24] [--threads 1] [--megabytes 200 120 80 60 50] [--ratios 1.05 1.1 1.2 1.4]
+        [--device cuda:0] [--learn-tokens 5000000]
 
 Every model, the original and its (healed) cuts, in three kinds of file: *none*, 16 bits (F16);
 *4-bit*, what people use (GGUF types); *packed*, `shortstack quantize --bits` and then
@@ -23,7 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.rate_quality import made, scored
+from benchmarks.rate_quality import add_where, made, scored
 
 from shortstack.checkpoint import Checkpoint
 
@@ -150,7 +151,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gguf", nargs="+", default=[t for types in KINDS.values() for t in types])
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--limit", type=int)
-    parser.add_argument("--threads", type=int, default=1)
+    add_where(parser)
     parser.add_argument("--megabytes", type=float, nargs="+", default=[200, 120, 90, 75, 60, 50])
     parser.add_argument("--ratios", type=float, nargs="+", default=[1.05, 1.1, 1.2, 1.3, 1.5])
     return parser.parse_args(words)

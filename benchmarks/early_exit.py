@@ -2,7 +2,7 @@
 
     python -m benchmarks.early_exit MODEL --data DIR --out OUT [--device cuda:0] [--dtype float32]
         [--sets finance/financial_phrasebank ...] [--rows N] [--tune-steps 500] [--every 2]
-        [--loss 0.005] [--single-rows 100] [--exit-loss 0.5]
+        [--loss 0.005] [--changed 0.03] [--single-rows 100] [--exit-loss 0.5]
 
 DIR holds DOMAIN/SET/{train,validation,test}.jsonl[.gz] with questions. The model is first tuned on
 two thirds of all sets' train rows (`--tune-steps 0` takes it as it is: SmolLM2-135M answers most of
@@ -11,8 +11,9 @@ these sets with one word, whatever is asked); OUT/tuned keeps it and is used aga
 with that weight where the norm and the head read the checked layers (LayerSkip's early-exit loss,
 arXiv:2404.16710): all decide earlier. The other
 third and the validation rows are halved: classifiers are fitted to one half, thresholds to the
-other, at a loss of at most `--loss`. The test rows are run once, by all rules in turns, batch by
-batch; `--single-rows` of them one by one, too. `--rows` bounds every part.
+other, at a loss of at most `--loss` and at most `--changed` of the answers another than the whole
+model's: of a hundred rows the loss alone says little. The test rows are run once, by all rules in
+turns, batch by batch; `--single-rows` of them one by one, too. `--rows` bounds every part.
 """
 
 from __future__ import annotations
@@ -52,10 +53,11 @@ from shortstack.runtimes.pytorch_early_exit import Answerer
 SETS = (
     "finance/financial_phrasebank",
     "legal/overruling",
-    "science/arc_easy",
+    "legal/ledgar",
     "medical/pubmedqa",
-    "medical/medmcqa",
 )
+"""Sets with train rows. ARC-Easy and MedMCQA are none of them: the tuned model answers by chance
+there (0.27), and leaving at once loses nothing."""
 SPLIT_SEED = 7
 MAX_TOKENS = 512
 VARIANTS = (
@@ -248,7 +250,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=2)
     parser.add_argument("--first", type=int, default=4)
     parser.add_argument("--loss", type=float, default=0.005)
-    parser.add_argument("--changed", type=float)
+    parser.add_argument("--changed", type=float, default=0.03)
     parser.add_argument("--single-rows", type=int, default=100)
     parser.add_argument("--batch-tokens", type=int)
     return parser.parse_args()

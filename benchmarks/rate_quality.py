@@ -2,6 +2,7 @@
 
     python -m benchmarks.rate_quality MODEL --out OUT --text FILE [FILE...] [--limit 24]
         [--quantized FOLDER...] [--bits 5 4.5 3.86] [--calibration FILE] [--threads 1]
+        [--device cuda:0] [--learn-tokens 5000000]
 
 Bits are those of the whole file, tokenizer and header included: bytes x 8 / weights. A packed point
 is a folder of `shortstack quantize` (named, or made at `--bits`), packed by `shortstack export`; it
@@ -74,7 +75,9 @@ def quantized(asked: argparse.Namespace, bits: float) -> Path:
     out: Path = asked.out / f"{bits:g}-bits"
     if not out.exists():
         text = () if asked.calibration is None else ("--text", asked.calibration)
-        shortstack("quantize", asked.model, "--bits", bits, *text, "-o", out)
+        learn = ("--learn-tokens", asked.learn_tokens) if asked.learn_tokens else ()
+        words = ("--bits", bits, *text, *learn, "--device", asked.device)
+        shortstack("quantize", asked.model, *words, "-o", out)
     return out
 
 
@@ -82,6 +85,7 @@ def scored(asked: argparse.Namespace, models: Sequence[Path]) -> dict[str, dict[
     """Set -> {path of a model: its summary}; the original's under its own path."""
     out = asked.out / "eval"
     words = [*models, "--against", asked.model, "-o", out, "--threads", asked.threads]
+    words += ["--device", asked.device]
     words += [word for text in asked.text for word in ("--text", text)]
     shortstack("eval", *words, *(("--limit", asked.limit) if asked.limit else ()))
     told = json.loads((out / "eval.json").read_text(encoding="utf-8"))
@@ -146,6 +150,12 @@ def drawn(name: str, points: Sequence[Point]) -> str:
     return picture.replace(">", f' xmlns="http://www.w3.org/2000/svg">{STYLE}', 1)
 
 
+def add_where(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="of rounding, learning and scoring")
+    parser.add_argument("--learn-tokens", type=int, default=0, help="of `shortstack quantize`")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", type=Path)
@@ -157,7 +167,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--gguf", nargs="*", default=GGUF)
     parser.add_argument("--onnx", nargs="*", default=ONNX)
-    parser.add_argument("--threads", type=int, default=1)
+    add_where(parser)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     forms = made(asked)

@@ -15,6 +15,10 @@ llama-bench waits for the device and reads no logits. llama-bench keeps no more 
 a sliding window needs (`swa_full`), ours all of it. genai chooses its tokens itself, on a card
 there; its prefill ends there, as ours, when the logits are on the host.
 
+llama-bench's prompt that counts comes after others like it, and on a card, the fourth in a row, is
+a graph that llama.cpp replays; ours follows decode steps, as a request does. "Again" is our
+session's last of as many in a row.
+
 Prints, a row for each model, medians over rounds and the median of ours / theirs, with a bootstrap
 over rounds; `--json` keeps every round.
 """
@@ -27,7 +31,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,8 @@ from shortstack.runtimes.capabilities import device_kind
 from shortstack.runtimes.llama_cpp import FLASH_ATTENTION
 
 FIGURES = ("prefill_tokens_per_s", "decode_tokens_per_s")
+AGAIN = "again_tokens_per_s"
+"""Of our session's prompts in a row, the last; held against llama-bench's prefill."""
 KINDS = ("cpu", "cuda")
 TIMEOUT_S = 900
 ALL_LAYERS = 999
@@ -46,7 +51,7 @@ REPETITIONS = {"cpu": 1, "cuda": 3}
 """Of each of llama-bench's tests; the last one counts, all are kept. On a card its second run of a
 prompt records a CUDA graph and pays for it (ggml-cuda.cu: a graph is captured when it comes twice
 in a row, as llama-bench's warm-up makes it); only from the third on is the graph replayed."""
-WARMUP_DECODE_TOKENS = 8
+LOOPS = Path(__file__).with_name("loops.py")
 Figures = dict[str, Any]
 """FIGURES, and what else a side has to tell of a round."""
 Round = dict[str, Any]
@@ -76,6 +81,16 @@ def ours(model: Path, runtime: str, asked: argparse.Namespace) -> Figures:
         **{name: trial[name] for name in named},
         "runtime_info": found["runtime_info"],
     }
+
+
+def ours_again(model: Path, asked: argparse.Namespace) -> Figures:
+    """Prompts in a row in a session of ours, in a process of its own."""
+    times = 1 + REPETITIONS[device_kind(asked.device)[0]]  # one for llama-bench's warm-up
+    words = [sys.executable, LOOPS, "prompts", model, "--device", asked.device]
+    words += ["--prompt-tokens", asked.prompt_tokens, "--threads", asked.threads]
+    words += ["--times", times]
+    found: Figures = json.loads(_run(words).stdout)
+    return found
 
 
 def llama_bench_words(device: str, info: Mapping[str, Any]) -> list[str]:
@@ -133,53 +148,10 @@ def _check_alike(test: Mapping[str, Any], info: Mapping[str, Any]) -> None:
 
 def genai(model: Path, asked: argparse.Namespace) -> Figures:
     """genai's own loop, in a process of its own."""
-    words = [sys.executable, __file__, model, "--genai-loop", "--device", asked.device]
+    words = [sys.executable, LOOPS, "genai", model, "--device", asked.device]
     words += ["--prompt-tokens", asked.prompt_tokens, "--decode-tokens", asked.decode_tokens]
     found: Figures = json.loads(_run([*words, "--threads", asked.threads]).stdout)
     return found
-
-
-def genai_loop(model: Path, asked: argparse.Namespace) -> Figures:
-    """Provider and threads as our session sets them; genai left alone takes other ones."""
-    import numpy as np
-    import onnxruntime_genai as og
-
-    config = og.Config(str(model))
-    options = {"intra_op_num_threads": asked.threads, "inter_op_num_threads": 1}
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-    config.clear_providers()
-    kind, number = device_kind(asked.device)
-    if kind == "cuda":
-        config.append_provider("cuda")
-        config.set_provider_option("cuda", "device_id", str(number))
-    loaded = og.Model(config)
-    length = asked.prompt_tokens + asked.decode_tokens + 1
-    told = json.loads((model / "genai_config.json").read_text(encoding="utf-8"))
-    most = min(10_000, told["model"]["vocab_size"])
-    prompt = np.random.default_rng(0).integers(100, most, asked.prompt_tokens, np.int32)
-
-    def run(n_decode: int) -> tuple[float, float]:
-        parameters = og.GeneratorParams(loaded)
-        parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
-        generator = og.Generator(loaded, parameters)
-        start = time.perf_counter()
-        generator.append_tokens(prompt)
-        if kind != "cpu":  # onnxruntime need not have waited for the card: read the result
-            generator.get_logits()
-        prefilled = time.perf_counter()
-        generator.generate_next_token()
-        generator.get_next_tokens()
-        begun = time.perf_counter()
-        for _ in range(n_decode):
-            generator.generate_next_token()
-        generator.get_next_tokens()
-        return prefilled - start, time.perf_counter() - begun
-
-    run(min(WARMUP_DECODE_TOKENS, asked.decode_tokens))
-    prefill_s, decode_s = run(asked.decode_tokens)
-    rates = (asked.prompt_tokens / prefill_s, asked.decode_tokens / decode_s)
-    found = dict(zip(FIGURES, rates, strict=True))
-    return {**found, "prefill_s": prefill_s, "decode_s": decode_s}
 
 
 def rounds(model: Path, asked: argparse.Namespace, made: list[Round]) -> None:
@@ -189,6 +161,8 @@ def rounds(model: Path, asked: argparse.Namespace, made: list[Round]) -> None:
 
     def mine() -> Figures:
         found = ours(model, "llama.cpp" if gguf else "onnxruntime-genai", asked)
+        if gguf:
+            found |= ours_again(model, asked)
         info.update(found["runtime_info"])
         return found
 
@@ -213,13 +187,25 @@ def row(model: str, pair: tuple[str, str], made: list[Round]) -> str:
         ratio = paired_ratio_interval(mine, other)
         cells += [f"{median(mine):,.1f}", f"{median(other):,.1f}"]
         cells += [f"{ratio.estimate:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"]
+    if all(AGAIN in one["ours"] for one in made):
+        mine, other = (
+            [one["ours"][AGAIN] for one in made],
+            [one["theirs"][FIGURES[0]] for one in made],
+        )
+        ratio = paired_ratio_interval(mine, other)
+        cells += [
+            f"{median(mine):,.1f}",
+            f"{ratio.estimate:.3f} ({ratio.low:.3f} to {ratio.high:.3f})",
+        ]
+    else:
+        cells += ["", ""]
     return f"| {' | '.join(cells)} |"
 
 
 HEAD = """\
 | model | runtime | against | prefill, tokens/s: ours | theirs | ratio (95 %) \
-| decode, tokens/s: ours | theirs | ratio (95 %) |
-|---|---|---|---:|---:|---|---:|---:|---|"""
+| decode, tokens/s: ours | theirs | ratio (95 %) | prefill again: ours | ratio to theirs |
+|---|---|---|---:|---:|---|---:|---:|---|---:|---|"""
 
 
 def is_gguf(model: Path) -> bool:
@@ -280,7 +266,6 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep every round's raw figures")
-    parser.add_argument("--genai-loop", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
@@ -307,9 +292,6 @@ def checked(parser: argparse.ArgumentParser, words: list[str] | None = None) -> 
 
 def main() -> None:
     asked = checked(arguments())
-    if asked.genai_loop:
-        print(json.dumps(genai_loop(asked.models[0], asked)))
-        return
     failed = compare(asked)
     for line in failed:
         print(line, file=sys.stderr)

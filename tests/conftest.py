@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is wro
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # On busy cores OpenMP's spinning threads make tiny models several times slower than one thread.
 os.environ["OMP_NUM_THREADS"] = "1"
+# A shell starts background jobs with interrupts ignored, which children inherit: tests send them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

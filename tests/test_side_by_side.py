@@ -119,6 +119,11 @@ def test_several_models_in_one_call_and_a_failure_costs_its_own_row_only(
     assert [one["first"] for one in gguf["rounds"]] == ["ours", "theirs"]
     assert len(gguf["rounds"][0]["ours"]["decode_step_s"]) == 4
     assert [test["avg_ts"] for test in gguf["rounds"][1]["theirs"]["tests"]] == [100.0, 10.0]
+    again = gguf["rounds"][0]["ours"]
+    assert len(again["again_s"]) == 2  # llama-bench's warm-up and its one repetition on a CPU
+    assert again["again_tokens_per_s"] == 8 / again["again_s"][-1]
+    head, _, ours, theirs = out.splitlines()
+    assert head.count("|") == ours.count("|") == theirs.count("|")
     given = gguf["rounds"][0]["theirs"]["tests"][1]["words"]
     assert given[given.index("-d") + 1] == "8"
     assert given[given.index("-ub") + 1] == "512"

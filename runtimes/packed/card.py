@@ -81,7 +81,13 @@ class CardDirectMatrix(CodedMatrix):
         return y
 
     def codes(self, start: int, stop: int) -> Tensor:
-        """Reads from the device how many entries there are: no graph can hold it."""
+        return self._whole(start, stop).to(torch.int8)
+
+    def numbers(self, start: int, stop: int) -> Tensor:
+        return self._whole(start, stop).to(self.dtype)  # is of that type where the kernel runs
+
+    def _whole(self, start: int, stop: int) -> Tensor:
+        """Codes as numbers. Reads from the device how many entries there are: no graph holds it."""
         made = self._nibbles(self._words[start:stop])
         first, last = self._starts[[start * self._blocks, stop * self._blocks]].tolist()
         if last > first:
@@ -92,7 +98,7 @@ class CardDirectMatrix(CodedMatrix):
             column = (entry & (2**COLUMN_BITS - 1)) + (block % self._blocks << COLUMN_BITS)
             place = block // self._blocks * self.columns + column
             made.view(-1).index_add_(0, place, (entry >> COLUMN_BITS << 4).to(made.dtype))
-        return made.to(torch.int8)
+        return made
 
     def code_rows(self, ids: Tensor) -> Tensor:
         """Shapes depend on nothing that only the device knows: a graph can hold this."""

@@ -91,8 +91,12 @@ class CodedMatrix(Matrix):
         with _whole_sums():
             for start in range(0, self.rows, step):
                 stop = min(self.rows, start + step)
-                made[:, start:stop] = x @ self.codes(start, stop).to(self.dtype).T
+                made[:, start:stop] = x @ self.numbers(start, stop).T
         return made.mul_(self.steps)
+
+    def numbers(self, start: int, stop: int) -> Tensor:
+        """The codes of rows in the type of products, (stop - start, columns)."""
+        return self.codes(start, stop).to(self.dtype)
 
     def gather(self, ids: Tensor) -> Tensor:
         return (self.code_rows(ids).float() * self.steps[ids][:, None]).to(self.dtype)

@@ -5,12 +5,25 @@ from __future__ import annotations
 import difflib
 import importlib.util
 from collections.abc import Iterable
+from typing import Any
 
 
 class ShortstackError(Exception):
     """A user can mend this. One line: the thing, the fact, the next step. Exit code 2."""
 
     exit_code = 2
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes: a constructor that takes more than the message is not called again."""
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(
+    kind: type[ShortstackError], args: tuple[Any, ...], state: dict[str, Any]
+) -> ShortstackError:
+    made = kind.__new__(kind, *args)
+    made.__dict__.update(state)
+    return made
 
 
 class SettingError(ShortstackError):
