@@ -10,8 +10,9 @@
 # Records, for a machine that may be taken away at any time, after every item:
 #   cd OUT && find . \( -name '*.json*' -o -name '*.md' -o -name 'log-*' \) -size -2M | tar czf FILE -T -
 set -u
-model=$1 data=$2 models=$3 gguf=$4 out=$5 llama_bench=$6
+model=$(realpath "$1") data=$2 models=$3 gguf=$4 out=$5 llama_bench=$6
 mkdir -p "$out/queue" "$out/small" "$out/exits"
+out=$(realpath "$out")
 export PYTHONPYCACHEPREFIX=${PYTHONPYCACHEPREFIX:-$out/pycache} # imports are half of a short trial
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}                   # fits on all cores slow down what is measured beside them
 

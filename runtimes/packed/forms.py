@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from shortstack.errors import ShortstackError
+from shortstack.packed.header import Entry
 from shortstack.packed.resident import Resident
 from shortstack.runtimes.packed.matrix import Matrix
 from shortstack.runtimes.packed.rest import Scratch
@@ -20,6 +21,9 @@ FORMS = ("direct", "lean", "int8", "stream", PLAIN)
 `stream`."""
 OF_FLOATS = ("stream", PLAIN)
 OF_CODES = ("direct", "lean", "int8")
+DIRECT_BITS = 4.6
+"""Of a code in the file, above which `auto` on a card takes `int8`: of Gaussian codes of 4.63 bits
+`direct` is 0.87 of `int8` there, at 4.85 as large."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +54,21 @@ def assigned(
     made = {}
     for name, slot in slots.items():
         wanted = head if slot.head and head != AUTO else form
-        coded = name in resident.coded
-        made[name] = _form(wanted, slot, coded, resident.tensors[name].columns, on)
+        coded, entry = name in resident.coded, resident.tensors[name]
+        if wanted == AUTO and coded and on.type == "cuda" and code_bits(entry) > DIRECT_BITS:
+            wanted = "int8"
+        made[name] = _form(wanted, slot, coded, entry.columns, on)
     if form in OF_CODES and not resident.coded:
         raise ShortstackError(
             f"{resident.path} has no row codes, form={form} needs them. Take form=stream, or "
             "quantize before packing: shortstack quantize MODEL -o OUT"
         )
     return made
+
+
+def code_bits(entry: Entry) -> float:
+    """Bits that a code of a matrix of row codes takes in the file."""
+    return 8 * sum(codes for codes, _ in entry.parts) / entry.n_elements
 
 
 def check_planned(

@@ -31,7 +31,9 @@ def matrix(rows: int, columns: int) -> RowCodes:
     return RowCodes(codes.astype(np.int8), rng.uniform(0.01, 0.02, rows).astype(np.float16))
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (1000, 576), (130, 11008), (512, 4096)])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(64, 64), (1000, 576), (130, 11008), (512, 4096), (70, 16387)]
+)
 @pytest.mark.parametrize("kind", [CardDirectMatrix, Int8Matrix])
 def test_the_kernels_multiply_by_the_codes(
     kind: type[CardDirectMatrix] | type[Int8Matrix], rows: int, columns: int

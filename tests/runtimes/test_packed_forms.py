@@ -13,12 +13,14 @@ from torch.nn.functional import linear
 from shortstack.checkpoint import Checkpoint
 from shortstack.errors import ShortstackError
 from shortstack.packed.plan_file import read_plan
+from shortstack.packed.resident import Resident
 from shortstack.row_codes import RowCodes
 from shortstack.runtimes import open_session
-from shortstack.runtimes.packed import direct
+from shortstack.runtimes.packed import direct, forms
 from shortstack.runtimes.packed.card import CardDirectMatrix
 from shortstack.runtimes.packed.direct import CpuDirectMatrix
 from shortstack.runtimes.packed.fit import fit
+from shortstack.runtimes.packed.forms import Slot, assigned, code_bits
 from shortstack.runtimes.packed.int8 import Int8Matrix
 from shortstack.runtimes.packed.matrix import CodedMatrix
 from shortstack.runtimes.packed.measuring import Setting
@@ -124,6 +126,25 @@ def test_a_fitted_plan_is_what_a_session_then_holds(packed: Path, tmp_path: Path
         assert session.info["weight_bytes"] <= 240_000
     with pytest.raises(ShortstackError, match=r"no plan takes at most 0\.0 MB: the least is 0\.\d"):
         fit(setting, memory_budget_mb=0.01, max_slowdown=None, points=0)
+
+
+def test_on_a_card_direct_is_not_taken_where_it_is_larger_than_int8(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident, card = Resident(packed), torch.device("cuda:0")
+    slots = {name: Slot(name, multiplied=True, head=False) for name in resident.coded}
+    bits = {name: code_bits(resident.tensors[name]) for name in slots}
+    name = max(bits, key=lambda one: bits[one])
+    coded = resident.codes(name).codes
+    counts = np.unique(coded, return_counts=True)[1] / coded.size
+    entropy = float(-(counts * np.log2(counts)).sum())
+    assert entropy - 0.5 < bits[name] < 1.15 * entropy + 0.1
+    monkeypatch.setattr(forms, "DIRECT_BITS", bits[name] - 1e-6)
+    assert assigned(slots, resident, "auto", "auto", card)[name] == "int8"
+    assert assigned(slots, resident, "direct", "auto", card)[name] == "direct"
+    assert assigned(slots, resident, "auto", "auto", CPU)[name] != "int8"
+    monkeypatch.setattr(forms, "DIRECT_BITS", bits[name])
+    assert set(assigned(slots, resident, "auto", "auto", card).values()) == {"direct"}
 
 
 def test_without_codes_there_is_nothing_to_fit(tiny: Path, tmp_path: Path) -> None:
