@@ -45,6 +45,7 @@ def test_an_item_is_taken_once(tmp_path: Path) -> None:
         "card all balcony: exit 0",
     ]
     log = (tmp_path / "log-balcony.txt").read_text()
-    assert "/model --data data" in log
-    assert "eval model --data data" in log
+    model = Path("model").absolute()
+    assert f"train {model} --data data" in log
+    assert f"eval {model} --data data" in log
     assert queue(tmp_path, "sample balcony", "exit 3") == ""
