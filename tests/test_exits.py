@@ -157,6 +157,10 @@ def test_exits_of_another_model_are_refused(exits: ExitFolder, tmp_path: Path) -
         ({"exits": "all"}, "is damaged"),
         ({"init": "lats"}, "Did you mean 'last'"),
         ({"base": None}, "is damaged"),
+        ({"exits": ["2", 4]}, "must be whole numbers"),
+        ({"exits": [True, 4]}, "must be whole numbers"),
+        ({"schema": "x" * 9999}, "has schema .{9,70}, this version reads 1"),
+        ({"base": {"sha256": "0", "path": "x" * 9999}}, "path has 9999 characters"),
         ({"tensors_sha256": "0"}, "its checksum is wrong"),
     ],
 )

@@ -237,6 +237,10 @@ def test_an_early_exit_is_fitted_and_held_against_other_rows(
         ({"exits": {**EXITS, "options": {"window_tokens": 99}}}, "window_tokens is among the opt"),
         ({"exits": {**EXITS, "options": {"tokens": 9}}}, "Write it beside options, not in them"),
         ({"exits": {**EXITS, "options": {"loss": "ce"}}}, "unknown option of training 'loss'"),
+        (
+            {"exits": {**EXITS, "options": {"save_steps": "x"}}},
+            "save_steps among the options of training is 'x'",
+        ),
         ({"exits": {**EXITS, "export": [2, 2]}}, "exits.export names an exit twice"),
         ({"exits": {**EXITS, "window_tokens": 1 << 20}}, "exits.window_tokens is 1048576"),
         ({"exits": None}, "nothing to do. Add prune, exits or early_exit"),
@@ -256,6 +260,22 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(
     assert "\n" not in str(caught.value)
     assert display.steps == []
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_refuses_what_a_run_refuses(tiny: Path) -> None:
+    for changes, said in (
+        ({"exits": {**EXITS, "export": [3]}}, "exits.at does not"),
+        ({"exits": {**EXITS, "tokens": 0}}, "tokens is 0"),
+        ({"early_exit": {"tune": "no.jsonl", "test": "b"}}, "cannot read the text file"),
+    ):
+        with pytest.raises(ShortstackError, match=said):
+            forecast(recipe(tiny, **changes))
+
+
+@pytest.mark.parametrize("at", [[True], ["2"], [2.5]])
+def test_exits_are_whole_numbers(tiny: Path, at: list[object]) -> None:
+    with pytest.raises(ShortstackError, match=r"exits\.at"):
+        recipe(tiny, exits={**EXITS, "at": at})
 
 
 def test_text_is_asked_for_where_it_is_read(tiny: Path) -> None:

@@ -92,7 +92,9 @@ def fitting_checks(checkpoint: Checkpoint, wanted: ExportRecipe) -> VerifyRecipe
 
 def forecast(recipe: Recipe) -> dict[str, Any]:
     """Predict each step's result: size, peak memory, disk at its worst moment. Writes nothing."""
+    early_exit_steps.check(recipe)
     preview = preview_or_refuse(recipe.model)
+    exit_steps.check(recipe, preview)
     rows = predict_steps(recipe, preview)
     models = preview_models(recipe, preview.checkpoint)
     return {

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from shortstack.checkpoint import Checkpoint
-from shortstack.errors import ShortstackError, require, unknown
+from shortstack.errors import ShortstackError, one_line, require, unknown
 from shortstack.progress import OnProgress
 from shortstack.prune.plan import PrunePlan
 from shortstack.prune.repair import CHOICES
@@ -136,10 +138,16 @@ def training_settings(choice: TrainingRecipe, seed: int) -> Any:
     wrong = sorted(set(choice.options) - known)
     if wrong:
         raise unknown("option of training", wrong[0], known - named.keys())
-    try:
-        return HealSettings(**{"seed": seed, **named, **choice.options})
-    except TypeError as error:  # a text where a number belongs
-        raise ShortstackError(f"options of training: {error}. Mend the option.") from None
+    types = get_type_hints(HealSettings)
+    for name, value in choice.options.items():
+        try:
+            TypeAdapter(types[name]).validate_python(value, strict=True)
+        except ValidationError as error:  # a text where a number belongs
+            told = one_line(error.errors()[0]["msg"], 120)
+            raise ShortstackError(
+                f"{name} among the options of training is {value!r}: {told}. Mend the option."
+            ) from None
+    return HealSettings(**{"seed": seed, **named, **choice.options})
 
 
 def _repair_windows(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator
 
 
 class Strict(BaseModel):
@@ -32,11 +32,13 @@ class ExitsRecipe(TrainingRecipe):
         {"alpha", "keep_float32", "loss", "replaces", "temperature", "top_k", "train"}
     )
 
-    at: list[int] = Field(min_length=1, description="behind how many layers")
+    at: list[StrictInt] = Field(min_length=1, description="behind how many layers")
     tokens: int = Field(0, ge=0, description="to train on; 0 for init none alone")
     init: str = Field("last", description="last, random, norm-only, none")
     learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
-    export: list[int] | None = Field(None, description="which exits are exported; default: all")
+    export: list[StrictInt] | None = Field(
+        None, description="which exits are exported; default: all"
+    )
     bench: bool = Field(True, description="measure every depth in PyTorch, too")
 
     @property

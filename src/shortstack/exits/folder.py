@@ -30,6 +30,8 @@ INITS = ("last", "random", "norm-only", "none")
 """How exits begin: a copy of the last layer, random weights, or no layer at all; `none` is the
 logit lens, of which nothing is trained."""
 WITH_LAYER = frozenset({"last", "random"})
+LONGEST_PATH = 4096
+"""Characters of the base's path, as long as any system's."""
 
 
 @dataclass(frozen=True)
@@ -204,14 +206,19 @@ def read_exits(path: Path, model: Path | None = None) -> ExitFolder:
         data = json.loads(file.read_text(encoding="utf-8"))
         if data["schema"] != SCHEMA:
             raise ShortstackError(
-                f"{file} has schema {data['schema']!r}, this version reads {SCHEMA}. Train again."
+                f"{file} has schema {one_line(repr(data['schema']), 60)}, this version reads "
+                f"{SCHEMA}. Train again."
             )
+        if not all(type(one) is int for one in (data["n_layers"], *data["exits"])):
+            raise TypeError("exits and n_layers must be whole numbers")
+        if len(data["base"]["path"]) > LONGEST_PATH:
+            raise ValueError(f"the base's path has {len(data['base']['path'])} characters")
         made = ExitFolder(
             path=path,
             base=model or _base(path, data["base"]["path"]),
             base_sha256=str(data["base"]["sha256"]),
-            n_layers=int(data["n_layers"]),
-            exits=tuple(int(exit) for exit in data["exits"]),
+            n_layers=data["n_layers"],
+            exits=tuple(data["exits"]),
             init=data["init"],
             sha256=data["tensors_sha256"],
             facts=data["facts"],
@@ -219,7 +226,7 @@ def read_exits(path: Path, model: Path | None = None) -> ExitFolder:
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise _damaged(file, one_line(f"{type(error).__name__} {error}", 120)) from None
     if made.init not in INITS:
-        raise unknown(f"init in {file}", str(made.init), INITS)
+        raise unknown(f"init in {file}", one_line(str(made.init), 60), INITS)
     check_exits(made.exits, made.n_layers)
     tensors = path / TENSORS
     if not tensors.is_file() or hash_file(tensors) != made.sha256:
