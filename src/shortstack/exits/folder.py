@@ -223,7 +223,7 @@ def read_exits(path: Path, model: Path | None = None) -> ExitFolder:
             sha256=data["tensors_sha256"],
             facts=data["facts"],
         )
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(file, one_line(f"{type(error).__name__} {error}", 120)) from None
     if made.init not in INITS:
         raise unknown(f"init in {file}", one_line(str(made.init), 60), INITS)
