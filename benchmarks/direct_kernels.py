@@ -1,7 +1,7 @@
 """Kernels for the packed form `direct` on a card, each against int8's, product by product.
 
     python -m benchmarks.direct_kernels [--shapes 4096x4096 11008x4096 4096x11008] [--sigma 4]
-        [--minutes 3] [--json FILE]
+        [--minutes 5] [--json FILE]
 
 `direct` is the kernel that the runtime has (runtimes/packed/kernels.py); `fewer-shifts` puts five
 of a word's nibbles where they need none or share one; `dot` lets tensor cores multiply and adds.
@@ -28,9 +28,10 @@ from torch import Tensor
 
 from shortstack.runtimes.packed import kernels
 from shortstack.runtimes.packed.card import COLUMN_BITS, CardDirectMatrix, int8_product
+from shortstack.runtimes.packed.card_times import replayed_s
 
-BYTES, REPLAYS = 1_200_000_000, 8
-"""Of all matrices together, several times a card's cache; how often a graph runs."""
+BYTES = 1_200_000_000
+"""Of all matrices together, several times a card's cache."""
 
 
 @dataclass(frozen=True)
@@ -86,26 +87,8 @@ def call(kernel: Any, matrix: CardDirectMatrix, words: Tensor, x: Tensor, config
 
 
 def microseconds(calls: list[Callable[[], object]]) -> float:
-    """Of one call, the least of three times REPLAYS replays of all of them."""
-    for one in calls:
-        one()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for one in calls:
-            one()
-    graph.replay()
-    taken = []
-    for _ in range(3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(REPLAYS):
-            graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        taken.append(float(start.elapsed_time(end)) * 1e3 / REPLAYS / len(calls))
-    return min(taken)
+    """Of one call, the least of three times."""
+    return min(1e6 * replayed_s(calls) for _ in range(3))
 
 
 def timed(rows: int, columns: int, *, sigma: float) -> Iterator[dict[str, Any]]:
@@ -148,6 +131,11 @@ def timed(rows: int, columns: int, *, sigma: float) -> Iterator[dict[str, Any]]:
                 yield {**line, "us": us, "error": found}
 
 
+def every(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for shape in asked.shapes:
+        yield from timed(*sizes(shape), sigma=asked.sigma)
+
+
 def sizes(shape: str) -> tuple[int, int]:
     rows, _, columns = shape.partition("x")
     return int(rows), int(columns)
@@ -170,12 +158,11 @@ def main() -> None:
     until = time.monotonic() + 60 * asked.minutes
     lines = []
     with torch.inference_mode():
-        for shape in asked.shapes:
-            for line in timed(*sizes(shape), sigma=asked.sigma):
-                print(json.dumps(line), flush=True)
-                lines.append(line)
-                if time.monotonic() > until:
-                    break
+        for line in every(asked):
+            print(json.dumps(line), flush=True)
+            lines.append(line)
+            if time.monotonic() > until:
+                break
     if asked.json:
         asked.json.write_text(json.dumps(lines, indent=1), encoding="utf-8")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -42,23 +43,28 @@ def _mean_s(matrices: list[Matrix]) -> float:
     device = matrices[0].device
     with torch.inference_mode(), torch.cuda.device(device):
         inputs = [torch.randn(1, m.columns, device=device).to(m.dtype) for m in matrices]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for matrix, x in zip(matrices, inputs, strict=True):
-                matrix.multiply(x)
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for matrix, x in zip(matrices, inputs, strict=True):
-                matrix.multiply(x)
+        return replayed_s([partial(m.multiply, x) for m, x in zip(matrices, inputs, strict=True)])
+
+
+def replayed_s(calls: Sequence[Callable[[], object]]) -> float:
+    """Seconds of one of these calls, all in one CUDA graph; in inference mode, on this device."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(REPLAYS):
         graph.replay()
-        torch.cuda.synchronize()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(REPLAYS):
-            graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        return float(start.elapsed_time(end)) / 1e3 / REPLAYS / len(matrices)
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / REPLAYS / len(calls)
