@@ -28,11 +28,25 @@ source, fmt, precision, out, *options = sys.argv[1:]
 export(Path(source), ExportSpec(fmt, precision, tuple(tuple(o.split("=")) for o in options)), Path(out))
 PY
 }
-learn() { # BITS
-  python3 -m benchmarks.learn_codes "$model" --data "$data" --bits "$1" --restored 0 --rates 0.003 --reaches 0.2 0.45 \
-    --sweep-tokens 1500000 --tokens 10000000 --self-generated 1000000 --device cuda:0 --test -o "$out/learn-$1"
+learn() { # OUT BITS...
+  python3 -m benchmarks.learn_codes "$model" --data "$data" --bits "${@:2}" --restored 0 --rates 0.003 0.006 --reaches 0.2 0.45 \
+    --sweep-tokens 1500000 --tokens 40000000 --minutes 8 --self-generated 1000000 --device cuda:0 --test -o "$out/$1"
 }
 exits() { python3 -m benchmarks.exits "$1" "$model" --data "$data" --out "$out/exits" "${@:2}"; }
+best_rate() { # NAME...: of trained exits, the rate that ended lowest by KL on selection text, summed over exits
+  python3 - "$out/exits" "$@" <<'PY'
+import json, sys
+from pathlib import Path
+facts = [json.loads((Path(sys.argv[1]) / name / "facts.json").read_text()) for name in sys.argv[2:]]
+print(min(facts, key=lambda one: sum(e["after"]["kl"] for e in one["losses"].values()))["rate"])
+PY
+}
+balcony() { # short runs choose the rate of the long one
+  local rate rates=(4e-3 8e-3 1.6e-2)
+  for rate in "${rates[@]}"; do exits train --kind balcony --name "probe-$rate" --tokens 3000000 --rate "$rate" || return; done
+  rate=$(best_rate "${rates[@]/#/probe-}") || return
+  exits train --kind balcony --tokens 50000000 --rate "$rate" && exits eval balcony --split test --device cuda:0
+}
 sampled() { # wait for the card that samples text; fails where none does, or where it failed
   until [ -e "$out/exits/sampled" ]; do
     if [ ! -d "$out/queue/sample" ] || [ -e "$out/queue/sample/exit" ]; then
@@ -73,15 +87,16 @@ item() {
     kernels) python3 -m benchmarks.direct_kernels --json "$out/kernels.json" ;;
     packed) python3 -m benchmarks.packed_memory --device cuda:0 --shape 7b --nvcomp -o "$out/packed" ;;
     exit-speed) python3 -m benchmarks.exit_speed bench "$model" --work "$out/exit-work" \
-      --out "$out/exit-speed" --device cuda:0 --threads 8 ;;
+      --out "$out/exit-speed" --device cuda:0 --threads 8 --repeats 3 --minutes 9 ;;
     early) python3 -m benchmarks.early_exit "$model" --data "$data" --out "$out/early" --device cuda:0 ;;
     early-plain) python3 -m benchmarks.early_exit "$model" --data "$data" --out "$out/early-plain" --device cuda:0 --exit-loss 0 ;;
     generation) python3 -m benchmarks.early_generation "$model" --data "$data" --out "$out/generation" --device cuda:0 --part exit ;;
     sample) exits sample --tokens 9000000 --batch 768 && touch "$out/exits/sampled" ;;
-    balcony) sampled && exits train --kind balcony --tokens 50000000 --rate 4e-3 && exits eval balcony --split test --device cuda:0 ;;
+    balcony) sampled && balcony ;;
     cut-15) sampled && exits train --kind cut --at 15 --name cut15 --tokens 50000000 --rate 1e-3 && exits eval cut15 --split test --device cuda:0 ;;
     double) double ;;
-    learn-*) learn "${1#learn-}" ;;
+    learn) learn learn 5.0 3.86 ;;
+    learn-*) learn "$1" "${1#learn-}" ;;
     *energy) formats --only "$1" ;;
     *) formats --repeats 2 --only "$1" ;;
   esac
@@ -89,7 +104,7 @@ item() {
 
 every="llama-bench graph-24-12-b8 onnx-24-12-b8 bnb-int8-32-16-b1 onnx-32-16-b1-energy torchao-int4-graph-32-16-b1-energy
   bnb-nf4-graph-32-16-b1-energy genai kernels packed exit-speed early early-plain graph-32-16-b8-energy onnx-32-16-b8-energy
-  gguf-32-16-b8-energy eager-24-12-b8 sample balcony learn-5.0 learn-3.86 cut-15 double generation tests
+  gguf-32-16-b8-energy eager-24-12-b8 sample balcony learn cut-15 double generation tests
   eager-32-16-b1-energy graph-32-16-b1 onnx-32-16-b1 gguf-32-16-b1"
 for name in ${ITEMS:-$every}; do
   mkdir "$out/queue/$name" 2>/dev/null || continue

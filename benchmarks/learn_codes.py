@@ -3,7 +3,7 @@
     python -m benchmarks.learn_codes MODEL --data DIR --bits 5.0 3.86 4.5 --tokens 5000000
         --rates 0.0002 0.0005 0.001 0.002 --reaches 0.45 0.25 --sweep-tokens 800000
         --self-generated 1000000 --device cuda:0 [--start-device cpu] [--restored 0 0.5] [--test]
-        -o OUT
+        [--minutes 8] -o OUT
 
 DIR: folders SET/NAME with train, validation and test .jsonl(.gz). Learnt from: the train files of
 all sets, joined to documents of about 3000 characters, and text that the model writes itself.
@@ -218,20 +218,28 @@ class Bench:
         model = LatentModel(self.checkpoint, start, self.device)
         return Learner(self.checkpoint, model, text, self.wanted(bits), settings)
 
-    def best_choice(self, bits: float, start: Path) -> Choice:
-        """Of short runs, by KL on held-out windows at their end."""
-        choices = [(rate, reach) for reach in self.asked.reaches for rate in self.asked.rates]
-        if len(choices) == 1:
-            return choices[0]
+    def best_choice(self, bits: float, start: Path) -> tuple[Choice, int]:
+        """Of short runs, by KL on held-out windows at their end; and the tokens of a long run.
+
+        Those are fewer than asked for where they would take longer than `--minutes`.
+        """
+        asked, tokens = self.asked, self.asked.tokens
+        choices = [(rate, reach) for reach in asked.reaches for rate in asked.rates]
+        if len(choices) == 1 and not asked.minutes:
+            return choices[0], tokens
         found: dict[Choice, float] = {}
         for choice in choices:
-            facts = self.learner(bits, start, self.asked.sweep_tokens, choice).run(silent).facts
-            found[choice] = facts["history"][-1]["kl"]
+            facts = self.learner(bits, start, asked.sweep_tokens, choice).run(silent).facts
+            kl = facts["history"][-1]["kl"]
+            found[choice] = math.inf if kl is None else kl
             self.tell(what="choice", bits=bits, rate=choice[0], reach=choice[1], **facts)
-        return min(found, key=lambda choice: found[choice])
+            if asked.minutes:
+                fitting = 60 * asked.minutes * facts["tokens_seen"] / facts["wall_s"]
+                tokens = min(tokens, int(fitting))
+        return min(found, key=lambda choice: found[choice]), tokens
 
-    def long_run(self, bits: float, start: Path, choice: Choice) -> None:
-        run = self.learner(bits, start, self.asked.tokens, choice)
+    def long_run(self, bits: float, start: Path, choice: Choice, tokens: int) -> None:
+        run = self.learner(bits, start, tokens, choice)
         found = run.run(silent)
         out = self.work / f"{bits:g}-bits"
         out.mkdir()
@@ -258,6 +266,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="+", default=[5.0, 3.86, 4.5])
     parser.add_argument("--restored", type=float, nargs="+", default=[0.0, 0.5])
     parser.add_argument("--tokens", type=int, default=5_000_000)
+    parser.add_argument("--minutes", type=float, help="a long run has fewer tokens to fit in")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.0002, 0.0005, 0.001, 0.002])
     parser.add_argument("--reaches", type=float, nargs="+", default=[latent.START_REACH])
     parser.add_argument("--sweep-tokens", type=int, default=800_000)
@@ -277,9 +286,9 @@ def main() -> None:
     for bits, folder, kl in bench.starts():
         if bits not in best or kl < best[bits]:
             best[bits], starts[bits] = kl, folder
-    choice = bench.best_choice(*next(iter(starts.items())))
+    choice, tokens = bench.best_choice(*next(iter(starts.items())))
     for bits, folder in starts.items():
-        bench.long_run(bits, folder, choice)
+        bench.long_run(bits, folder, choice, tokens)
 
 
 if __name__ == "__main__":
