@@ -272,7 +272,8 @@ def main() -> None:
     results = []
     for name in args.sets:
         results.append(measured(model, name, prompts[name], args))
-        data = {"device": args.device, "dtype": args.dtype, "results": results}
+        data: dict[str, Any] = {"runtime": "pytorch", "device": args.device, "dtype": args.dtype}
+        data["results"] = results
         said = early_exit_report.markdown(data)
         alone = [result["single"] for result in results if "single" in result]
         if alone:
