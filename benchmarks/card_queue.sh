@@ -102,7 +102,7 @@ item() {
     balcony) sampled && balcony ;;
     cut-15) sampled && exits train --kind cut --at 15 --name cut15 --tokens 50000000 --rate 1e-3 && exits eval cut15 --split test --device cuda:0 ;;
     double) double ;;
-    learn) learn learn 4.86 3.73 ;; # of the matrices; a packed file takes 0.12 bit a weight more
+    learn) learn learn 4.9 3.77 ;; # a packed file takes 0.08 bits a weight more with coder=smallest
     learn-*) learn "$1" "${1#learn-}" ;;
     *energy) formats --only "$1" ;;
     *) formats --repeats 2 --only "$1" ;;

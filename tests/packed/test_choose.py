@@ -67,6 +67,16 @@ def test_ans_is_taken_where_huffman_codes_lose_much(sigma: float, coder: str) ->
     assert choose_codes(*codes(sigma), 1024, ()).coders[0] == "none"
 
 
+def test_the_smallest_takes_ans_for_any_saving() -> None:
+    given = codes(4.0)
+    usual, smallest = (
+        choose_codes(*given, 1024, tries(word, "matching")) for word in ("auto", "smallest")
+    )
+    assert (usual.coders[0], smallest.coders[0]) == ("zstd", "ans")
+    assert smallest.streams[0].share < usual.streams[0].share
+    assert smallest.reason == "the smallest"
+
+
 def test_a_sample_is_whole_rows_within_the_tensor() -> None:
     for n, columns, itemsize in ((10**7, 1000, 2), (3 * 10**8, 10**8, 4), (7, 7, 2), (0, 1, 2)):
         found = places(n, columns, itemsize)

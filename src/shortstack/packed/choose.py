@@ -42,11 +42,13 @@ EFFORTS = {
 
 CODER_WORDS: dict[str, tuple[str, ...]] = {
     "auto": ("zstd", "ans"),
+    "smallest": ("zstd", "ans"),
     "zstd": ("zstd",),
     "ans": ("ans",),
     "none": (),
 }
-Tries = Sequence[tuple[str, str]]
+Tries = Sequence[tuple[str, str, float]]
+"""(coder, effort, what it must save beyond a coder that decodes faster to be taken)."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class Choice:
 
 
 OPTIONS: dict[str, tuple[str, ...]] = {"coder": tuple(CODER_WORDS), "effort": tuple(EFFORTS)}
-"""`coder`: what may be used (auto: Zstandard, and ANS where it saves much more); `effort` of
+"""`coder`: what may be used (auto: Zstandard, and ANS where it saves much more; smallest: ANS where
+it saves anything); `effort` of
 Zstandard: fast (Huffman codes nearly alone), matching (also level 3), best (also level 19)."""
 
 
@@ -93,17 +96,22 @@ def options(given: Mapping[str, str]) -> Tries:
         if value not in OPTIONS[option]:
             raise unknown(f"value of {option}", value, OPTIONS[option])
     found = tries(given.get("coder", "auto"), given.get("effort", "matching"))
-    if any(name == "zstd" for name, _ in found):
+    if any(name == "zstd" for name, *_ in found):
         require(("zstandard",), "pack", "Zstandard")
     return found
 
 
 def tries(word: str, effort: str) -> Tries:
-    """(coder, effort) that the options let us try, in the order of decoding speed."""
+    """What the options let us try, in the order of decoding speed."""
+    saving = 0.0 if word == "smallest" else ANS_SAVING
     found = []
     for name in CODER_WORDS[word]:
-        found += [(name, e) for e in (EFFORTS[effort] if name == "zstd" else ("fast",))]
+        found += [(name, e, saving) for e in (EFFORTS[effort] if name == "zstd" else ("fast",))]
     return found
+
+
+def without_ans(allowed: Tries) -> Tries:
+    return [each for each in allowed if each[0] != "ans"]
 
 
 def places(n_elements: int, columns: int, itemsize: int) -> list[tuple[int, int]]:
@@ -130,12 +138,12 @@ def _places(n_elements: int, columns: int, wanted: int, least: int) -> list[tupl
 
 def choose_floats(data: Bytes, itemsize: int, columns: int, allowed: Tries) -> Choice:
     """Split or not, by the sample's bytes `data`, shape (n * itemsize,)."""
-    if ("ans", "fast") in allowed and len(allowed) > 1:
-        allowed = [t for t in allowed if t[0] != "ans"]
+    if len(allowed) > 1:
+        allowed = without_ans(allowed)
     streams = split_floats(data, itemsize)
     bits = sum(bits_a_byte(stream) for stream in streams)
     split = tuple(choose_stream(stream, columns, allowed) for stream in streams)
-    whole = (choose_stream(data, columns * itemsize, [t for t in allowed if t[0] != "ans"]),)
+    whole = (choose_stream(data, columns * itemsize, without_ans(allowed)),)
     share_split = sum(stream.share for stream in split) / itemsize
     if min(share_split, whole[0].share) > 1 - LEAST_SAVING:
         return Choice("raw", (PLAIN,), bits, f"nothing saves {LEAST_SAVING:.0%}")
@@ -147,24 +155,25 @@ def choose_floats(data: Bytes, itemsize: int, columns: int, allowed: Tries) -> C
 def choose_codes(codes: Bytes, steps: Bytes, columns: int, allowed: Tries) -> Choice:
     """Coders of the two streams of row codes."""
     chosen = choose_stream(codes, columns, allowed)
+    names, saving = {name for name, *_ in allowed}, max((each[2] for each in allowed), default=0.0)
     reasons = {
         "none": f"nothing saves {LEAST_SAVING:.0%}",
-        "zstd": f"ANS would not save {ANS_SAVING:.0%} more",
-        "ans": f"saves {ANS_SAVING:.0%} beyond Zstandard",
+        "zstd": f"ANS would not save {saving:.0%} more" if saving else "ANS would not save more",
+        "ans": f"saves {saving:.0%} beyond Zstandard" if saving else "the smallest",
     }
-    reason = reasons[chosen.coder] if len({name for name, _ in allowed}) > 1 else "as asked"
-    steps_choice = choose_stream(steps, 2, [t for t in allowed if t[0] != "ans"])
+    reason = reasons[chosen.coder] if len(names) > 1 else "as asked"
+    steps_choice = choose_stream(steps, 2, without_ans(allowed))
     return Choice("row-codes", (chosen, steps_choice), bits_a_byte(codes), reason)
 
 
 def choose_stream(data: Bytes, columns: int, allowed: Tries) -> StreamChoice:
     """The coder that pays for one stream."""
     best = PLAIN
-    for name, effort in allowed:
+    for name, effort, saving in allowed:
         if name == "ans" and data.size < ANS_LEAST_BYTES:
             continue
         tried = _try(name, effort, data, columns)
-        enough = ANS_SAVING if (name, best.coder) == ("ans", "zstd") else LEAST_SAVING
+        enough = LEAST_SAVING if best.coder == "none" else saving
         if name == best.coder:
             enough = 0.0
         if tried.share < best.share * (1 - enough):

@@ -84,8 +84,8 @@ def choose_for(source: Source, allowed: Tries) -> Choice:
     """Try the coders on a sample of the source."""
     if source.kind in ("file", "shard"):
         data = source.read(0, source.n_elements)
-        texts = [t for t in allowed if t[0] != "ans"]
-        texts += [("zstd", "matching")] if texts else []
+        texts = [*choose.without_ans(allowed)]
+        texts += [("zstd", "matching", 0.0)] if texts else []
         stream = choose.choose_stream(data, 1, texts)
         return Choice(source.kind, (stream,), bits_a_byte(data), "a file")
     if source.n_elements == 0:
