@@ -65,7 +65,8 @@ def made(asked: argparse.Namespace) -> dict[str, tuple[Path, int]]:
     for folder in (*asked.quantized, *(quantized(asked, bits) for bits in asked.bits)):
         out = asked.out / f"{folder.name}-packed"
         if not out.exists():
-            shortstack("export", folder, "--to", "packed", "-o", out, "--threads", asked.threads)
+            words = ("-o", out, "--threads", asked.threads, "--option", "coder=smallest")
+            shortstack("export", folder, "--to", "packed", *words)
         (file,) = out.glob("*.safetensors")
         found[f"packed {folder.name}"] = folder, file.stat().st_size
     return found
