@@ -21,6 +21,7 @@ from shortstack.runtimes.packed.int8 import Int8Matrix
 from shortstack.runtimes.packed.matrix import Matrix
 from shortstack.runtimes.packed.model import skeleton
 from shortstack.runtimes.packed.modules import PackedEmbedding, PackedLinear
+from shortstack.runtimes.packed.together import put_together, siblings
 from shortstack.runtimes.pytorch_graph import GraphSession
 
 NAMES = {"7b": "llama-2-7b"}
@@ -50,6 +51,7 @@ class Synthetic:
         self._config = config_of(NAMES.get(shape, shape), num_hidden_layers=layers)
         self._layers, self._share, self._sigma = layers, share, sigma
         self.matrices: dict[str, Matrix] = {}
+        """Those that are held as one by the name of the first tensor."""
 
     def __call__(self, path: Path, *, dtype: str, device: Any) -> tuple[Any, dict[str, Any]]:
         torch.manual_seed(0)
@@ -69,19 +71,27 @@ class Synthetic:
         return model, {}
 
     def _pack(self, model: Any, kind: torch.dtype, device: Any) -> None:
-        for name, module in list(model.named_modules()):
-            if type(module) not in (nn.Linear, nn.Embedding):
-                continue
-            rows, columns = module.weight.shape
-            codes = gaussian_codes(rows, columns, device, self._sigma)
+        modules = {
+            f"{name}.weight": module
+            for name, module in model.named_modules()
+            if type(module) in (nn.Linear, nn.Embedding)
+        }
+        while modules:
+            name = next(iter(modules))
+            names = siblings(name)
+            members = [modules.pop(one) for one in names]
+            rows = sum(module.weight.shape[0] for module in members)
+            codes = gaussian_codes(rows, members[0].weight.shape[1], device, self._sigma)
             steps = torch.full((rows,), STEP, device=device)
             made: Any = CardDirectMatrix if self._is_direct(name) else Int8Matrix
             matrix = self.matrices[name] = made.of(codes, steps, kind)
-            above, _, last = name.rpartition(".")
-            new: nn.Module = PackedLinear(matrix, None)
-            if type(module) is nn.Embedding:
-                new = PackedEmbedding(matrix, None)
-            setattr(model.get_submodule(above), last, new)
+            above, _, last = name.removesuffix(".weight").rpartition(".")
+            if type(members[0]) is nn.Embedding:
+                setattr(model.get_submodule(above), last, PackedEmbedding(matrix, None))
+            elif len(names) == 1:
+                setattr(model.get_submodule(above), last, PackedLinear(matrix, None))
+            else:
+                put_together(model, matrix, names)
 
     def _is_direct(self, name: str) -> bool:
         assert self._share is not None
@@ -131,7 +141,8 @@ def measure(
 
             times = by_matrix(loader.matrices)
             kernels = {
-                name.split(".")[-1]: round(seconds * 1e6, 2) for name, seconds in times.items()
+                "+".join(one.split(".")[-2] for one in siblings(name)): round(seconds * 1e6, 2)
+                for name, seconds in times.items()
             }
     del session
     return {

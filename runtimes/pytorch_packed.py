@@ -35,7 +35,9 @@ class Packed:
         self.forms: dict[str, str] = {}
         """Of every matrix of the model, by tensor name."""
         self.matrices: dict[str, Any] = {}
-        """Those that are packed."""
+        """Those that are packed; of matrices that are held as one by the name of the first."""
+        self.members: dict[str, tuple[str, ...]] = {}
+        """Their tensors, by the same name."""
         self.ring: Any = None
 
     def __call__(self, path: Path, *, dtype: str, device: Any) -> tuple[Any, dict[str, Any]]:
@@ -61,7 +63,7 @@ class Packed:
             self.ring = Ring(self._workers)
             self.scratch = Scratch()
             place = Place(kind, device, self.ring, self.scratch)
-            self.matrices = fill(model, resident, slots, forms, place)
+            self.matrices, self.members = fill(model, resident, slots, forms, place)
         return_memory()
         return model, self._facts(model, forms)
 

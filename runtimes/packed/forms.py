@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from shortstack.errors import ShortstackError
 from shortstack.packed.header import Entry
 from shortstack.packed.resident import Resident
+from shortstack.row_codes import RowCodes
 from shortstack.runtimes.packed.matrix import Matrix
 from shortstack.runtimes.packed.rest import Scratch
 from shortstack.runtimes.packed.stream import Ring
@@ -99,51 +101,55 @@ def _form(wanted: str, slot: Slot, coded: bool, columns: int, on: torch.device) 
     return chosen
 
 
-def make(resident: Resident, slot: Slot, form: str, place: Place) -> Matrix:
-    """Read one matrix of the file into a form."""
-    made = MAKERS[form]
-    return made(resident, slot, place)
+def make(resident: Resident, tensors: Sequence[str], form: str, place: Place, ring: bool) -> Matrix:
+    """Read matrices of the file into a form, as one if there are several: those are of row codes
+    and of one width. `ring`: of `stream`, whether it is decoded ahead of its use."""
+    if form == "stream":
+        return _stream(resident, tensors[0], place, place.ring if ring else None)
+    codes = [resident.codes(name) for name in tensors]
+    if len(codes) > 1:
+        joined = np.concatenate([one.codes for one in codes])
+        codes = [RowCodes(joined, np.concatenate([one.steps for one in codes]))]
+    return OF_CODES_MAKERS[form](codes[0], place)
 
 
-def _int8(resident: Resident, slot: Slot, place: Place) -> Matrix:
+def _int8(codes: RowCodes, place: Place) -> Matrix:
     from shortstack.runtimes.packed.int8 import Int8Matrix
 
-    return Int8Matrix(resident.codes(slot.tensor), place.dtype, place.device)
+    return Int8Matrix(codes, place.dtype, place.device)
 
 
-def _direct(resident: Resident, slot: Slot, place: Place) -> Matrix:
+def _direct(codes: RowCodes, place: Place) -> Matrix:
     from shortstack.runtimes.packed.card import CardDirectMatrix
     from shortstack.runtimes.packed.direct import CpuDirectMatrix
 
     if place.device.type == "cuda":
-        return CardDirectMatrix(resident.codes(slot.tensor), place.dtype, place.device)
-    return CpuDirectMatrix(resident.codes(slot.tensor), place.dtype)
+        return CardDirectMatrix(codes, place.dtype, place.device)
+    return CpuDirectMatrix(codes, place.dtype)
 
 
-def _lean(resident: Resident, slot: Slot, place: Place) -> Matrix:
+def _lean(codes: RowCodes, place: Place) -> Matrix:
     from shortstack.runtimes.packed.direct import CpuDirectMatrix
 
-    return CpuDirectMatrix(resident.codes(slot.tensor), place.dtype, place.scratch)
+    return CpuDirectMatrix(codes, place.dtype, place.scratch)
 
 
-def _stream(resident: Resident, slot: Slot, place: Place) -> Matrix:
+def _stream(resident: Resident, tensor: str, place: Place, ring: Ring | None) -> Matrix:
     from shortstack.runtimes.packed.stream import FloatStreamMatrix, StreamMatrix
 
-    ring = place.ring if slot.multiplied else None
-    if slot.tensor in resident.coded:
-        return StreamMatrix(resident.codes(slot.tensor), place.dtype, ring)
-    entry = resident.tensors[slot.tensor]
-    plain = resident.floats(slot.tensor).reshape(entry.shape[0], -1)
+    if tensor in resident.coded:
+        return StreamMatrix(resident.codes(tensor), place.dtype, ring)
+    entry = resident.tensors[tensor]
+    plain = resident.floats(tensor).reshape(entry.shape[0], -1)
     return FloatStreamMatrix(plain, TORCH_TYPES[entry.dtype], place.dtype, ring)
 
 
-MAKERS: Mapping[str, Callable[[Resident, Slot, Place], Matrix]] = {
+OF_CODES_MAKERS: Mapping[str, Callable[[RowCodes, Place], Matrix]] = {
     "int8": _int8,
     "direct": _direct,
     "lean": _lean,
-    "stream": _stream,
 }
-"""Form -> what reads a matrix into it; `plain` ones stay the model's own (model.py)."""
+"""Form -> what makes a matrix of it. `plain` ones stay the model's own (model.py)."""
 
 TORCH_TYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,

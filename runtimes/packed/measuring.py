@@ -88,6 +88,8 @@ class Measured:
     gathered: set[str] = field(default_factory=set)
     """Matrices that take no part in those."""
     workers: int = 0
+    members: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Tensors of matrices that are held as one where they have one form; an option is for all."""
 
     def total(self, forms: Mapping[str, str]) -> Point:
         """Bytes and seconds of a whole model under a plan."""
@@ -97,7 +99,10 @@ class Measured:
             n_bytes, seconds = n_bytes + chosen.n_bytes, seconds + chosen.seconds
         sharing = {form for name, form in forms.items() if name not in self.gathered}
         n_bytes += sum(self.buffers.get(form, 0) for form in sharing)
-        return Point({**self.plain, **forms}, n_bytes, seconds)
+        each = {
+            one: form for name, form in forms.items() for one in self.members.get(name, (name,))
+        }
+        return Point({**self.plain, **each}, n_bytes, seconds)
 
     def all_of(self, form: str) -> Point:
         """The model with every matrix in a form, where it has that; else in its quickest."""
@@ -140,11 +145,14 @@ def measure(setting: Setting, tell: Any) -> Measured:
             with setting.open(form=form) as session:
                 taken, token_s = _times(session, setting)
                 matrices = session.packed.matrices
-                for name, matrix in matrices.items():
-                    seconds.setdefault((name, form), []).append(taken[name])
+                if form == INT8:
+                    found.members = dict(session.packed.members)
+                for name, parts in _parts(matrices, found.members).items():
+                    seconds.setdefault((name, form), []).append(sum(taken[one] for one in parts))
                     options = found.options.setdefault(name, [])
-                    if matrix.form == form and all(o.form != form for o in options):
-                        options.append(Option(form, matrix.n_bytes, 0.0))
+                    if matrices[name].form == form and all(o.form != form for o in options):
+                        n_bytes = sum(matrices[one].n_bytes for one in parts)
+                        options.append(Option(form, n_bytes, 0.0))
                 held = sum(matrix.n_bytes for matrix in matrices.values())
                 if form == INT8:
                     rest.append(token_s - sum(taken.values()))
@@ -161,6 +169,17 @@ def measure(setting: Setting, tell: Any) -> Measured:
         name: [Option(o.form, o.n_bytes, min(seconds[name, o.form])) for o in options]
         for name, options in found.options.items()
     }
+    return found
+
+
+def _parts(
+    matrices: Mapping[str, Any], members: Mapping[str, tuple[str, ...]]
+) -> dict[str, list[str]]:
+    """Matrices of a session by those of the int8 one, which holds as one what it can."""
+    first = {one: name for name, names in members.items() for one in names}
+    found: dict[str, list[str]] = {}
+    for name in matrices:
+        found.setdefault(first.get(name, name), []).append(name)
     return found
 
 

@@ -17,6 +17,7 @@ from shortstack.pretrained import attention_of, config_of, of_decoder
 from shortstack.runtimes.packed.forms import PLAIN, TORCH_TYPES, Place, Slot, make
 from shortstack.runtimes.packed.matrix import Matrix
 from shortstack.runtimes.packed.modules import PackedEmbedding, PackedLinear
+from shortstack.runtimes.packed.together import groups, put_together
 
 WEIGHT = ".weight"
 
@@ -99,15 +100,27 @@ def fill(
     slots: Mapping[str, Slot],
     forms: Mapping[str, str],
     place: Place,
-) -> dict[str, Matrix]:
-    """Read the file into the model, in place; returns the packed matrices by tensor name."""
+) -> tuple[dict[str, Matrix], dict[str, tuple[str, ...]]]:
+    """Read the file into the model, in place.
+
+    Returns the packed matrices by tensor name, of those that are held as one by the first's, and
+    for each of these the tensors that it is made of.
+    """
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and head.weight is table.weight
     matrices: dict[str, Matrix] = {}
-    for name, slot in slots.items():
+    members: dict[str, tuple[str, ...]] = {}
+    for names in groups(slots, forms, resident, place.dtype):
+        name = names[0]
         if forms[name] == PLAIN:
             continue
-        matrix = matrices[name] = make(resident, slot, forms[name], place)
+        matrix = matrices[name] = make(
+            resident, names, forms[name], place, ring=slots[name].multiplied
+        )
+        members[name] = names
+        if len(names) > 1:
+            put_together(model, matrix, names)
+            continue
         module = model.get_submodule(name.removesuffix(WEIGHT))
         if isinstance(module, nn.Embedding):
             _replace(model, module, PackedEmbedding(matrix, getattr(module, "embed_scale", None)))
@@ -117,7 +130,7 @@ def fill(
             _replace(model, module, PackedLinear(matrix, bias))
     _fill_rest(model, resident, place)
     place.ring.start()
-    return matrices
+    return matrices, members
 
 
 def _replace(model: Any, old: nn.Module, new: nn.Module) -> None:
