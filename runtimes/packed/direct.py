@@ -8,6 +8,7 @@ scales are 1 and shared by all matrices of a shape, so that a weight takes 4 bit
 from __future__ import annotations
 
 import functools
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -19,9 +20,9 @@ from shortstack.runtimes.packed.matrix import CodedMatrix
 from shortstack.runtimes.packed.nibbles import split
 from shortstack.runtimes.packed.rest import Scratch, rest_of
 
-WIDEST_SHARE = {"direct": 0.06, "lean": 0.2}
-"""Of a narrow row's codes outside -8 to 7. A wide row takes 4 bits a code more; an entry of the
-sparse matrix takes 64, of the lean one 16."""
+WIDEST_SHARE = {"direct": 0.1, "lean": 0.2}
+"""Entries a code of a narrow row. A wide row takes 4 bits a code more; an entry of the sparse
+matrix takes 32, of the lean one 16."""
 TILE = 64
 """Rows that the kernel's layout takes together, on AVX-512; half of it on others."""
 PACKED_AT_ONCE = 64 * TILE
@@ -43,11 +44,14 @@ class CpuDirectMatrix(CodedMatrix):
         self.rows, self.columns = made.codes.shape
         self.dtype, self.device = dtype, torch.device("cpu")
         self.steps = own(made.steps.astype(np.float32), self.device)
-        parts = split(made.codes, WIDEST_SHARE[self.form])
+        parts = split(made.codes, WIDEST_SHARE[self.form], ones=scratch is None)
         self._wide = torch.from_numpy(parts.wide)
         self._place = torch.full((self.rows,), -1, dtype=torch.int32)
         self._place[self._wide] = torch.arange(len(parts.wide), dtype=torch.int32)
         self._packed, self._tall = pack(np.concatenate([parts.low, parts.high]))
+        self._group = next(g for g in GROUPS if self.columns % g == 0)
+        self._units = _Units.reserve(self.columns // self._group * self._tall)
+        self._scales: Tensor | None = None
         self._rest = rest_of(parts, scratch)
         self.buffered = scratch is not None
         held = [self.steps, self._wide, self._place, self._packed]
@@ -55,14 +59,21 @@ class CpuDirectMatrix(CodedMatrix):
         self.n_bytes += 0 if self._rest is None else self._rest.n_bytes
 
     def few(self, x: Tensor) -> Tensor:
-        whole = int4_on_cpu(x, self._packed, self._tall)
-        made = whole[:, : self.rows]
+        """Sums are float32 and rounded once, but the kernel's own."""
+        if self._scales is None:  # not before all matrices are read: the longest is known then
+            self._scales = _Units.take(self._units, x.dtype).view(-1, self._tall, 2)
+        whole: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.contiguous(), self._packed, self._group, self._scales
+        )
+        made = whole if self._tall == self.rows else whole[:, : self.rows]
+        if self._rest is not None:
+            made = self._rest.multiply(x).add_(made)
+        elif len(self._wide):
+            made = made.float()
         if len(self._wide):
             high = whole[:, self.rows : self.rows + len(self._wide)]
-            made.index_add_(1, self._wide, high, alpha=16)
-        if self._rest is not None:
-            made.add_(self._rest.multiply(x.float()), alpha=16)
-        return made.mul_(self.steps)
+            made.index_add_(1, self._wide, high.float(), alpha=16)
+        return made.mul_(self.steps).to(x.dtype)
 
     def many(self, x: Tensor) -> Tensor:
         return self.few(x)
@@ -103,24 +114,24 @@ def pack(nibbles: np.ndarray) -> tuple[Tensor, int]:
     return packed, rows
 
 
-def int4_on_cpu(x: Tensor, packed: Tensor, rows: int) -> Tensor:
-    """x, (m, columns) bfloat16, times the nibbles, transposed: (m, rows)."""
-    group = next(g for g in GROUPS if x.shape[1] % g == 0)
-    scales = _unit_scales(x.shape[1] // group, rows, x.dtype)
-    made: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group, scales)
-    return made
-
-
-_units: dict[torch.dtype, Tensor] = {}
-
-
-def _unit_scales(groups: int, rows: int, dtype: torch.dtype) -> Tensor:
+class _Units:
     """Scale 1 and zero point 0 of every group of every row: the same numbers whatever the shape, so
     that all matrices share the longest."""
-    n = groups * rows
-    if dtype not in _units or len(_units[dtype]) < n:
-        _units[dtype] = torch.tensor([1, 0], dtype=dtype).repeat(n, 1)
-    return _units[dtype][:n].view(groups, rows, 2)
+
+    _most = 0
+    _values: ClassVar[dict[torch.dtype, Tensor]] = {}
+
+    @classmethod
+    def reserve(cls, n: int) -> int:
+        cls._most = max(cls._most, n)
+        return n
+
+    @classmethod
+    def take(cls, n: int, dtype: torch.dtype) -> Tensor:
+        """Shape (n, 2)."""
+        if dtype not in cls._values or len(cls._values[dtype]) < n:
+            cls._values[dtype] = torch.tensor([1, 0], dtype=dtype).repeat(cls._most, 1)
+        return cls._values[dtype][:n]
 
 
 @functools.cache

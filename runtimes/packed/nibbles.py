@@ -35,12 +35,13 @@ class Split:
         return made.astype(np.int8)
 
 
-def split(codes: NDArray[np.int8], widest_share: float) -> Split:
-    """Split int8 codes, shape (rows, columns). Rows of which more than `widest_share` of the codes
-    lie outside -8 to 7 become wide."""
+def split(codes: NDArray[np.int8], widest_share: float, *, ones: bool = False) -> Split:
+    """Split int8 codes, shape (rows, columns). Rows with more than `widest_share` entries a code
+    become wide. `ones`: entries are 1 and -1, so that a large h takes several."""
     low = ((codes + np.int8(8)) & np.int8(15)) - np.int8(8)  # int8 wraps: 127 + 8 is -121, 7 mod 16
     high = ((codes.astype(np.int16) - low) // 16).astype(np.int8)
-    wide = np.flatnonzero((high != 0).mean(1) > widest_share)
+    entries = np.abs(high) if ones else high != 0
+    wide = np.flatnonzero(entries.mean(1) > widest_share)
     rest = high.copy()
     second = np.minimum(high[wide], 7)
     rest[wide] -= second

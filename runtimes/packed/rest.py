@@ -1,8 +1,9 @@
 """What nibbles leave over on the CPU, as a sparse matrix of h: codes are low + 16 h (nibbles.py).
 
-`direct` holds it as PyTorch multiplies it: 32 bits a column and 32 a number. `lean` holds 16 bits
-an entry, column (12) and h (4), and writes them out for each product into arrays that all matrices
-share: a quarter of the memory, at about twice the time.
+`direct` holds h as ones: a matrix twice as wide for inputs and their negatives, a large h as
+several entries, so that PyTorch multiplies it with 32 bits an entry, the column; the numbers, all
+16, are one array that all matrices share. `lean` holds 16 bits an entry, column (12) and h (4), and
+writes them out for each product into shared arrays: half the memory, at about twice the time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Rest(Protocol):
     n_bytes: int
 
     def multiply(self, x: Tensor) -> Tensor:
-        """x, float32 (m, columns), times the matrix of h, transposed: (m, rows)."""
+        """x, (m, columns), times the matrix of 16 h, transposed: a new float32 (m, rows)."""
         ...
 
     def entries_of(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,25 +65,50 @@ def rest_of(parts: Split, scratch: Scratch | None) -> Rest | None:
 
 
 class DirectRest:
-    """A sparse matrix of PyTorch."""
+    """A sparse matrix of ones, (rows, 2 columns), for x beside -x."""
 
     def __init__(self, parts: Split) -> None:
-        self._matrix = _csr(
-            _starts(parts.row, len(parts.low)),
-            torch.from_numpy(parts.column.astype(np.int32)),
-            torch.from_numpy(parts.h.astype(np.float32)),
-            parts.low.shape,
-            check=True,
-        )
-        held = (self._matrix.crow_indices(), self._matrix.col_indices(), self._matrix.values())
-        self.n_bytes = sum(tensor.nbytes for tensor in held)
+        rows, self._columns = parts.low.shape
+        times = np.abs(parts.h.astype(np.int64))
+        column = parts.column + np.where(parts.h < 0, self._columns, 0)
+        self._starts = _starts(np.repeat(parts.row, times), rows)
+        self._entries = torch.from_numpy(np.repeat(column, times).astype(np.int32))
+        self._matrix: Tensor | None = None
+        _Sixteens.reserve(len(self._entries))
+        self.n_bytes = self._starts.nbytes + self._entries.nbytes
 
     def multiply(self, x: Tensor) -> Tensor:
-        return _product(self._matrix, x)
+        if self._matrix is None:  # not before all matrices are read: the longest is known then
+            shape = (len(self._starts) - 1, 2 * self._columns)
+            values = _Sixteens.take(len(self._entries))
+            self._matrix = _csr(self._starts, self._entries, values, shape)
+        return _product(self._matrix, (x[:, None] * _SIGNS).reshape(len(x), -1))
 
     def entries_of(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        row, at = _places(self._matrix.crow_indices(), ids)
-        return row, self._matrix.col_indices()[at].long(), self._matrix.values()[at].short()
+        row, at = _places(self._starts, ids)
+        column = self._entries[at].long()
+        negative = column >= self._columns
+        return row, column - self._columns * negative, 1 - 2 * negative.short()
+
+
+_SIGNS = torch.tensor([[1.0], [-1.0]])
+
+
+class _Sixteens:
+    """16 for each entry of the matrix that has most, which all matrices share."""
+
+    _most = 0
+    _values = torch.empty(0)
+
+    @classmethod
+    def reserve(cls, n: int) -> None:
+        cls._most = max(cls._most, n)
+
+    @classmethod
+    def take(cls, n: int) -> Tensor:
+        if len(cls._values) < n:
+            cls._values = torch.full((cls._most,), 16.0)
+        return cls._values[:n]
 
 
 class LeanRest:
@@ -110,12 +136,12 @@ class LeanRest:
             columns, values = self._scratch.take(len(entries))
             torch.bitwise_and(entries, BLOCK_COLUMNS - 1, out=columns)
             torch.bitwise_right_shift(entries, 12, out=values)
-            part = x[:, first : first + BLOCK_COLUMNS]
+            part = x[:, first : first + BLOCK_COLUMNS].float()
             shape = (self._rows, part.shape[1])
-            made = _product(_csr(starts, columns, values, shape, check=False), part)
+            made = _product(_csr(starts, columns, values, shape), part)
             total = made if total is None else total.add_(made)
         assert total is not None
-        return total
+        return total.mul_(16)
 
     def entries_of(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         found = []
@@ -147,9 +173,8 @@ def _places(starts: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return row, torch.arange(len(row)) - first[row] + begin[row]
 
 
-def _csr(
-    starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...], *, check: bool
-) -> Tensor:
+def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A column may come several times in a row: its numbers add up."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
-        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=check)
+        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
