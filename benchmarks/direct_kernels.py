@@ -39,6 +39,7 @@ class Config(NamedTuple):
     words: int
     warps: int
     ahead: int
+    pairs: int
     registers: int | None = None
 
 
@@ -56,7 +57,7 @@ KERNELS = {
         [
             Config(
                 *(one.kwargs["ROWS"], one.kwargs["COLS"], one.num_warps, one.kwargs["AHEAD"]),
-                one.maxnreg,
+                *(one.kwargs["PAIRS"], one.maxnreg),
             )
             for one in kernels.WORD_CONFIGS
         ],
@@ -65,16 +66,19 @@ KERNELS = {
         turns_kernel,
         28,
         [
-            *(Config(4, 128, 1, 2, 96), Config(4, 128, 1, 4), Config(4, 256, 2, 2)),
-            *(Config(4, 512, 4, 2, 64), Config(8, 256, 2, 2, 128)),
+            *(
+                Config(4, 128, 1, 2, 64, 96),
+                Config(4, 256, 2, 2, 64),
+                Config(4, 256, 2, 2, 128, 96),
+            ),
+            *(Config(4, 512, 4, 2, 128, 64), Config(8, 512, 4, 2, 64, 128)),
         ],
     ),
     "registers": Tried(
         registers_kernel,
         0,
         [
-            *(Config(4, 128, 1, 1, 96), Config(4, 128, 1, 2), Config(4, 256, 2, 2)),
-            Config(4, 512, 4, 1, 64),
+            *(Config(4, 128, 1, 2, 128), Config(4, 256, 2, 2, 128), Config(4, 512, 4, 1, 128)),
         ],
     ),
 }
@@ -91,6 +95,7 @@ def call(kernel: Any, matrix: CardDirectMatrix, words: Tensor, x: Tensor, config
         ROWS=config.rows,
         COLS=config.words,
         AHEAD=config.ahead,
+        PAIRS=config.pairs,
         num_warps=config.warps,
         **more,
     )

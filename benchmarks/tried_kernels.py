@@ -13,10 +13,11 @@ from shortstack.runtimes.packed.kernels import FOUND, of_entries, of_words, pair
 
 
 @triton.jit
-def added(x, entries, entry, begin, end, signed, BITS: tl.constexpr, PAIRS: tl.constexpr):
-    """Sum of h x over entries, of which the first PAIRS are here."""
-    rest = tl.zeros(entry.shape, tl.float32)
-    for i in range(0, tl.max(end - begin, 0), PAIRS):
+def added(
+    rest, x, entries, entry, begin, end, done, signed, BITS: tl.constexpr, PAIRS: tl.constexpr
+):
+    """Sum of `rest` and h x over entries from `done` on, of which the first PAIRS are here."""
+    for i in range(done, tl.max(end - begin, 0), PAIRS):
         rest += of_entries(x, entry, signed, BITS)
         rest += of_entries(x, entry >> 16, signed, BITS)
         entry = pairs_of(entries, begin + (i + PAIRS), end, PAIRS)
@@ -47,14 +48,15 @@ def registers_kernel(
     signed,
     BLOCKS: tl.constexpr,
     COLUMN_BITS: tl.constexpr,
-    PAIRS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     AHEAD: tl.constexpr,
+    PAIRS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     """Words are asked for AHEAD steps early, 1 or 2, and wait in registers. ptxas moves what is
-    asked for to the end of its step: with 1 it is the first words alone that come early."""
+    asked for to the end of its step: with 1 it is the first words alone that come early. Entries
+    are asked for before words are used, and used behind them."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = r < rows
     inputs = x.to(tl.pointer_type(tl.uint32), bitcast=True)
@@ -75,7 +77,8 @@ def registers_kernel(
         else:
             coming = words_of(base, start + COLS, eighth, live, COLS)
         sums, extra = of_words(sums, extra, word, inputs, start, eighth, large, small, EVEN, COLS)
-    rest = added(x, entries, entry, begin, end, signed, COLUMN_BITS, PAIRS)
+    rest = tl.zeros((PAIRS, ROWS), tl.float32)
+    rest = added(rest, x, entries, entry, begin, end, 0, signed, COLUMN_BITS, PAIRS)
     store(y, steps, r, live, sums, extra, rest)
 
 
@@ -132,10 +135,10 @@ def turns_kernel(
     signed,
     BLOCKS: tl.constexpr,
     COLUMN_BITS: tl.constexpr,
-    PAIRS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     AHEAD: tl.constexpr,
+    PAIRS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     """A shift less a word, of words that are turned by 4 less than pack() turns them."""
@@ -144,15 +147,23 @@ def turns_kernel(
     inputs = x.to(tl.pointer_type(tl.uint32), bitcast=True)
     base = words + r[:, None].to(tl.int64) * eighth
     begin, end = span(starts, r, live, 0, BLOCKS)
+    most = tl.max(end - begin, 0)
+    done = 0
     entry = tl.zeros((PAIRS, ROWS), tl.uint32)
+    rest = tl.zeros((PAIRS, ROWS), tl.float32)
     sums = tl.zeros((ROWS, COLS), tl.float32)
     extra = tl.zeros((COLS,), tl.float32)
     for start in tl.range(0, eighth, COLS, num_stages=AHEAD + 1):
         word = words_of(base, start, eighth, live, COLS)
-        if start == 0:
-            entry = pairs_of(entries, begin, end, PAIRS)
         if start >= 0:
             known = (sums, extra, word, inputs, start)
             sums, extra = in_two_turns(*known, eighth, large, small, EVEN, COLS)
-    rest = added(x, entries, entry, begin, end, signed, COLUMN_BITS, PAIRS)
+        if start == 0:
+            entry = pairs_of(entries, begin, end, PAIRS)
+        elif done < most:
+            rest += of_entries(x, entry, signed, COLUMN_BITS)
+            rest += of_entries(x, entry >> 16, signed, COLUMN_BITS)
+            done += PAIRS
+            entry = pairs_of(entries, begin + done, end, PAIRS)
+    rest = added(rest, x, entries, entry, begin, end, done, signed, COLUMN_BITS, PAIRS)
     store(y, steps, r, live, sums, extra, rest)

@@ -14,8 +14,6 @@ neighbouring lanes gather at a time is of neighbouring columns.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,10 +27,6 @@ COLUMN_BITS = 14
 HIGHEST, LOWEST = 1, -2
 """Of what an entry adds, in sixteens."""
 
-PAIRS = (32, 64, 128)
-"""Of entries of a row, taken in one step by the kernel: that with which most rows waste least."""
-STEP_PAIRS = 16
-"""What a step costs besides, in the time of so many pairs."""
 EIGHT = 8
 WORDS = 1024
 
@@ -53,10 +47,7 @@ class CardDirectMatrix(CodedMatrix):
         self.dtype, self.device, self.steps = dtype, codes.device, steps
         self._blocks = -(-self.columns // 2**COLUMN_BITS)
         self._words, self._entries, self._starts = pack(codes)
-        in_row, in_block = self._starts[:: self._blocks].diff(), self._starts.diff()
-        self._most = EIGHT * int(in_row.max())
-        some = in_block[:: -(-len(in_block) // 2**20)].float()  # quantile takes no more than 2^24
-        self._pairs = pairs_at_once(EIGHT // 2 * float(some.quantile(0.95)))
+        self._most = EIGHT * int(self._starts[:: self._blocks].diff().max())
         held = (self._words, self._entries, self._starts, self.steps)
         self.n_bytes = sum(tensor.nbytes for tensor in held)
 
@@ -82,7 +73,7 @@ class CardDirectMatrix(CodedMatrix):
     @property
     def constants(self) -> dict[str, int]:
         """What the kernel is compiled for."""
-        return {"BLOCKS": self._blocks, "COLUMN_BITS": COLUMN_BITS, "PAIRS": self._pairs}
+        return {"BLOCKS": self._blocks, "COLUMN_BITS": COLUMN_BITS}
 
     def arguments(self, x: Tensor, y: Tensor) -> tuple[Tensor | int, ...]:
         """What the kernel is told of x, (m, columns) bfloat16, this matrix and y, (m, rows)."""
@@ -147,11 +138,6 @@ class CardDirectMatrix(CodedMatrix):
         column = (entry & (2**COLUMN_BITS - 1)) + (block << COLUMN_BITS)
         there = place < later[-1]
         return column * there, ((entry >> COLUMN_BITS << 4) * there).float()
-
-
-def pairs_at_once(usual: float) -> int:
-    """That of PAIRS with which rows of `usual` pairs of entries are soonest done."""
-    return min(PAIRS, key=lambda n: (math.ceil(usual / n) * (n + STEP_PAIRS), n))
 
 
 def pack(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,16 +30,21 @@ CONFIGS = [
 ]
 
 WORD_CONFIGS = [
-    triton.Config({"ROWS": rows, "COLS": words, "AHEAD": ahead}, num_warps=warps, maxnreg=registers)
-    for rows, words, warps, ahead, registers in (
-        (4, 128, 1, 2, 96),
-        (4, 128, 1, 3, 96),
-        (4, 128, 1, 4, None),
-        (4, 256, 2, 2, None),
-        (4, 256, 2, 3, 96),
-        (4, 512, 4, 2, 64),
-        (4, 512, 4, 0, None),
-        (8, 256, 2, 2, 128),
+    triton.Config(
+        {"ROWS": rows, "COLS": words, "AHEAD": ahead, "PAIRS": pairs},
+        num_warps=warps,
+        maxnreg=registers,
+    )
+    for rows, words, warps, ahead, pairs, registers in (
+        (4, 128, 1, 2, 64, 96),
+        (4, 128, 1, 2, 32, 96),
+        (4, 128, 1, 3, 64, 96),
+        (4, 256, 2, 2, 64, None),
+        (4, 256, 2, 2, 128, 96),
+        (4, 512, 4, 2, 128, 64),
+        (4, 512, 4, 0, 128, None),
+        (8, 256, 2, 2, 64, 128),
+        (8, 512, 4, 2, 64, 128),
     )
 ]
 """A warp has 128 words of each row: where there are fewer for it, warps share inputs by way of
@@ -154,17 +159,18 @@ def direct_kernel(
     signed,
     BLOCKS: tl.constexpr,
     COLUMN_BITS: tl.constexpr,
-    PAIRS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     AHEAD: tl.constexpr,
+    PAIRS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     """The same of nibbles and entries (card.py). Grid: (rows / ROWS, m).
 
     x: bfloat16, `columns` = 8 * eighth of them a row. Words are asked for AHEAD steps before they
-    are used and wait in shared memory; of inputs, which every program reads, that would only take
-    them from the nearest cache. Entries are first asked for while words are multiplied, used after.
+    are used and wait in shared memory; inputs, which every program reads, would only come from
+    further away like that. Entries are asked for in one step and used in the next, so that nothing
+    waits for them; where there are more than steps, the last are used behind the words.
     """
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m = tl.program_id(1)
@@ -173,23 +179,32 @@ def direct_kernel(
     inputs = row.to(tl.pointer_type(tl.uint32), bitcast=True)
     base = words + r[:, None].to(tl.int64) * eighth
     begin, end = span(starts, r, live, 0, BLOCKS)
+    most = tl.max(end - begin, 0)
+    done = 0
     entry = tl.zeros((PAIRS, ROWS), tl.uint32)
+    rest = tl.zeros((PAIRS, ROWS), tl.float32)
     sums = tl.zeros((ROWS, COLS), tl.float32)
     extra = tl.zeros((COLS,), tl.float32)
     for start in tl.range(0, eighth, COLS, num_stages=AHEAD + 1):
         word = words_of(base, start, eighth, live, COLS)
-        if start == 0:
-            entry = pairs_of(entries, begin, end, PAIRS)
         if start >= 0:  # always: Triton asks ahead for what is loaded outside of branches alone
             known = (sums, extra, word, inputs, start)
             sums, extra = of_words(*known, eighth, large, small, EVEN, COLS)
-    rest = tl.zeros((PAIRS, ROWS), tl.float32)
+        if start == 0:
+            entry = pairs_of(entries, begin, end, PAIRS)
+        elif done < most:
+            rest += of_entries(row, entry, signed, COLUMN_BITS)
+            rest += of_entries(row, entry >> 16, signed, COLUMN_BITS)
+            done += PAIRS
+            entry = pairs_of(entries, begin + done, end, PAIRS)
     for block in tl.static_range(BLOCKS):
         if block > 0:
             begin, end = span(starts, r, live, block, BLOCKS)
+            most = tl.max(end - begin, 0)
+            done = 0
             entry = pairs_of(entries, begin, end, PAIRS)
         part = row + (block << COLUMN_BITS)
-        for i in range(0, tl.max(end - begin, 0), PAIRS):
+        for i in range(done, most, PAIRS):
             rest += of_entries(part, entry, signed, COLUMN_BITS)
             rest += of_entries(part, entry >> 16, signed, COLUMN_BITS)
             entry = pairs_of(entries, begin + (i + PAIRS), end, PAIRS)
