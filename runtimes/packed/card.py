@@ -1,10 +1,15 @@
 """The form `direct` on CUDA: nibbles in words of 32 bits, 16 bits for each code outside -8 to 7.
 
-Exact. A row is cut into eight planes of equal width (the last one is filled up); nibble k of
-word j, 8 more than its value, is of column j + k * width. A code is its nibble + 16 h; where h is
-not 0 entries say so: the column in its block of 16384 (14 bits, low) and h, -2 to 1 (2 bits,
-signed); a larger h is several entries, which add. `starts`, shape (rows * blocks + 1,): where the
-entries of block b of row r begin, at r * blocks + b.
+Exact. A code is a nibble, -8 to 7, and 16 h. A row's columns, filled up to a multiple of 8, are
+cut into four parts of equal width, each of pairs; byte q of word j is pair j of part q, 8 added to
+each nibble, the first one low. The word is then turned left by 15: so both of a pair lie where the
+kernel needs them without a shift (q = 0) or with one (a turn by 16 for q = 2).
+
+Where h is not 0 entries say so, of 16 bits each: the column in its block of 16384 (14 bits, low)
+and h, -2 to 1 (2 bits, signed); a larger h is several entries, which add. `starts`, shape
+(rows * blocks + 1,): where the entries of block b of row r begin, at r * blocks + b, in eights.
+What fills up the last eight is 0. Entry k of n eights is in eight k % n: what the kernel's
+neighbouring lanes gather at a time is of neighbouring columns.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from shortstack.row_codes import RowCodes
 from shortstack.runtimes.packed.int8 import own
@@ -21,8 +27,7 @@ COLUMN_BITS = 14
 HIGHEST, LOWEST = 1, -2
 """Of what an entry adds, in sixteens."""
 
-ENTRIES = (32, 64, 128, 256, 512)
-"""Of a row, taken in one step by the kernel: the least of these that most rows do not exceed."""
+EIGHT = 8
 WORDS = 1024
 
 
@@ -42,11 +47,7 @@ class CardDirectMatrix(CodedMatrix):
         self.dtype, self.device, self.steps = dtype, codes.device, steps
         self._blocks = -(-self.columns // 2**COLUMN_BITS)
         self._words, self._entries, self._starts = pack(codes)
-        ends = self._starts[:: self._blocks]
-        in_row, in_block = ends[1:] - ends[:-1], self._starts[1:] - self._starts[:-1]
-        self._most = int(in_row.max())
-        usual = float(in_block.float().quantile(0.95)) if len(in_block) < 2**24 else ENTRIES[-1]
-        self._at_once = next((n for n in ENTRIES if n >= usual), ENTRIES[-1])
+        self._most = EIGHT * int(self._starts[:: self._blocks].diff().max())
         held = (self._words, self._entries, self._starts, self.steps)
         self.n_bytes = sum(tensor.nbytes for tensor in held)
 
@@ -60,25 +61,27 @@ class CardDirectMatrix(CodedMatrix):
     def few(self, x: Tensor) -> Tensor:
         if self.device.type != "cuda":
             return (x @ self.codes(0, self.rows).to(x.dtype).T).mul_(self.steps)
-        from shortstack.runtimes.packed.kernels import direct_kernel
+        from shortstack.runtimes.packed.kernels import BITS_OF_FLOATS, direct_kernel
 
         y = x.new_empty(len(x), self.rows)
         with torch.cuda.device(self.device):
             direct_kernel[lambda meta: (-(-self.rows // meta["ROWS"]), len(x))](
-                x.contiguous(),
-                self._words,
-                self._entries,
-                self._starts,
-                self.steps,
-                y,
-                self.rows,
-                self.columns,
-                self._words.shape[1],
-                BLOCKS=self._blocks,
-                COLUMN_BITS=COLUMN_BITS,
-                ENTRIES=self._at_once,
+                *self.arguments(x, y), *BITS_OF_FLOATS, **self.constants
             )
         return y
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What the kernel is compiled for."""
+        return {"BLOCKS": self._blocks, "COLUMN_BITS": COLUMN_BITS}
+
+    def arguments(self, x: Tensor, y: Tensor) -> tuple[Tensor | int, ...]:
+        """What the kernel is told of x, (m, columns) bfloat16, this matrix and y, (m, rows)."""
+        eighth = self._words.shape[1]
+        missing = EIGHT * eighth - self.columns
+        x = pad(x, (0, missing)) if missing else x.contiguous()  # pad by nothing copies, too
+        held = (self._words, self._entries.view(torch.int32), self._starts, self.steps)
+        return (x, *held, y, self.rows, x.shape[1], eighth)
 
     def codes(self, start: int, stop: int) -> Tensor:
         return self._whole(start, stop).to(torch.int8)
@@ -89,9 +92,10 @@ class CardDirectMatrix(CodedMatrix):
     def _whole(self, start: int, stop: int) -> Tensor:
         """Codes as numbers. Reads from the device how many entries there are: no graph holds it."""
         made = self._nibbles(self._words[start:stop])
-        first, last = self._starts[[start * self._blocks, stop * self._blocks]].tolist()
+        starts = EIGHT * self._starts[start * self._blocks : stop * self._blocks + 1]
+        first, last = starts[[0, -1]].tolist()
         if last > first:
-            counts = self._starts[start * self._blocks : stop * self._blocks + 1].diff()
+            counts = starts.diff()
             block = torch.arange(len(counts), device=self.device)
             block = block.repeat_interleave(counts, output_size=last - first)
             entry = self._entries[first:last].long()
@@ -122,39 +126,66 @@ class CardDirectMatrix(CodedMatrix):
 
     def _entries_of(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """(columns, 16 h), both of shape (n, most entries of a row); 0 behind a row's own."""
-        at = self._starts[ids * self._blocks].long()[:, None]
-        end = self._starts[(ids + 1) * self._blocks].long()[:, None]
+        at, *later = (
+            EIGHT * self._starts[ids * self._blocks + b].long()[:, None]
+            for b in range(self._blocks + 1)
+        )
         place = at + torch.arange(self._most, device=self.device)
         block = torch.zeros_like(place)
-        for b in range(1, self._blocks):
-            block += place >= self._starts[ids * self._blocks + b].long()[:, None]
+        for behind in later[:-1]:
+            block += place >= behind
         entry = self._entries[place.clamp(max=len(self._entries) - 1)].long()
         column = (entry & (2**COLUMN_BITS - 1)) + (block << COLUMN_BITS)
-        there = place < end
+        there = place < later[-1]
         return column * there, ((entry >> COLUMN_BITS << 4) * there).float()
 
 
 def pack(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(words, int32, (rows, columns / 8); entries, int16; starts, int32) of int8 codes."""
     rows, columns = codes.shape
-    blocks, eighth = -(-columns // 2**COLUMN_BITS), -(-columns // 8)
+    blocks, eighth = -(-columns // 2**COLUMN_BITS), -(-columns // EIGHT)
     words = torch.empty(rows, eighth, dtype=torch.int32, device=codes.device)
-    entries, counts = [], []
+    entries, eights = [], []
     for start in range(0, rows, 4096):  # what is wider than the codes must not be all of them
         part = codes[start : start + 4096].to(torch.int16)
         low = ((part + 8) & 15) - 8
-        nibbles = torch.full((len(part), 8 * eighth), 8, dtype=torch.int32, device=codes.device)
-        nibbles[:, :columns] += low
-        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=codes.device)
-        placed = nibbles.view(-1, 8, eighth) << shifts[:, None]
-        words[start : start + 4096] = placed.sum(1, dtype=torch.int32)  # no bit meets another
+        words[start : start + 4096] = _words(low, eighth)
         row, column, h = _parts((part - low) >> 4)
-        entries.append(((column % 2**COLUMN_BITS) | (h << COLUMN_BITS)).to(torch.int16))
-        place = row * blocks + (column >> COLUMN_BITS)
-        counts.append(torch.bincount(place, minlength=len(part) * blocks))
-    ends = torch.cumsum(torch.cat(counts), 0)
+        entry = ((column % 2**COLUMN_BITS) | (h << COLUMN_BITS)).to(torch.int16)
+        found, n = _in_eights(entry, row * blocks + (column >> COLUMN_BITS), len(part) * blocks)
+        entries.append(found)
+        eights.append(n)
+    ends = torch.cumsum(torch.cat(eights), 0)
     starts = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
     return words, torch.cat(entries), starts
+
+
+def _words(low: Tensor, eighth: int) -> Tensor:
+    """int32, (n, eighth), of nibbles, -8 to 7, (n, columns)."""
+    nibbles = torch.full((len(low), EIGHT * eighth), 8, dtype=torch.int32, device=low.device)
+    nibbles[:, : low.shape[1]] += low
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=low.device).view(4, 1, 2)
+    placed = nibbles.view(-1, 4, eighth, 2) << shifts
+    return turned(placed.sum((1, 3), dtype=torch.int32), 15)  # no bit meets another
+
+
+def turned(words: Tensor, left: int) -> Tensor:
+    """int32, the bits moved around to the left. `left`: 1 to 31."""
+    made: Tensor = (words << left) | ((words >> (32 - left)) & (2**left - 1))
+    return made
+
+
+def _in_eights(entry: Tensor, place: Tensor, places: int) -> tuple[Tensor, Tensor]:
+    """(entries, filled up with 0; how many eights each of `places` has) of entries in order, whose
+    places ascend."""
+    counts = torch.bincount(place, minlength=places)
+    eights = -(-counts // EIGHT)
+    before = counts.cumsum(0) - counts
+    k = torch.arange(len(entry), device=entry.device) - before[place]
+    n, first = eights[place], (eights.cumsum(0) - eights)[place]
+    made = entry.new_zeros(EIGHT * int(eights.sum()))
+    made[EIGHT * (first + k % n) + k // n] = entry
+    return made, eights
 
 
 def _parts(sixteens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,8 +203,10 @@ def _parts(sixteens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _spread(words: Tensor, columns: int) -> Tensor:
     """int8, shape (n, columns), -8 to 7, of words (n, columns / 8)."""
-    planes = [(words >> (4 * k)).to(torch.int8) & 15 for k in range(8)]
-    return torch.cat(planes, 1)[:, :columns] - 8
+    plain = turned(words, 17)
+    nibbles = [(plain >> shift).to(torch.int8) & 15 for shift in range(0, 32, 4)]
+    parts = [torch.stack(nibbles[q : q + 2], 2).flatten(1) for q in range(0, 8, 2)]
+    return torch.cat(parts, 1)[:, :columns] - 8
 
 
 def int8_product(x: Tensor, codes: Tensor, steps: Tensor) -> Tensor:

@@ -22,17 +22,20 @@ N = 24
 
 
 def matrix(rows: int, columns: int) -> RowCodes:
-    """Rows of unlike spread; one holds every code, one nothing but escapes, one zeros."""
+    """Rows of unlike spread; one holds every code, two nothing but escapes, one zeros, and one
+    zeros but for one code."""
     rng = np.random.default_rng(0)
     codes = np.clip(
         np.rint(rng.normal(0, rng.uniform(1, 9, (rows, 1)), (rows, columns))), -127, 127
     )
-    codes[1], codes[2], codes[3] = rng.integers(-127, 128, columns), 127, 0
+    codes[1], codes[2], codes[3] = rng.integers(-128, 128, columns), 127, 0
+    codes[4], codes[5], codes[5, columns // 3] = -128, 0, 1
     return RowCodes(codes.astype(np.int8), rng.uniform(0.01, 0.02, rows).astype(np.float16))
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns"), [(64, 64), (1000, 576), (130, 11008), (512, 4096), (70, 16387)]
+    ("rows", "columns"),
+    [(64, 64), (1000, 576), (9, 577), (130, 11008), (512, 4096), (4096, 4096), (70, 16387)],
 )
 @pytest.mark.parametrize("kind", [CardDirectMatrix, Int8Matrix])
 def test_the_kernels_multiply_by_the_codes(
@@ -52,9 +55,33 @@ def test_the_kernels_multiply_by_the_codes(
             # a prompt, of which the unscaled sum is rounded, too)
             scale = x.abs().double() @ weights.abs().T
             assert ((found - truth).abs() <= truth.abs() * 2**-7 + scale * 1e-5).all()
+            assert (found[:, 3] == 0).all()
         ids = torch.tensor([3, rows - 1, 0], device=device)
         truth = weights.float()[ids.cpu()].bfloat16()
         torch.testing.assert_close(held.gather(ids).cpu(), truth, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("columns", [1448, 4096])
+def test_every_configuration_of_the_kernel_computes_the_same(columns: int) -> None:
+    """Those that were not the quickest here may be so on another card."""
+    from shortstack.runtimes.packed.kernels import BITS_OF_FLOATS, WORD_CONFIGS, direct_kernel
+
+    device = torch.device("cuda:0")
+    made = matrix(41, columns)
+    with torch.inference_mode():
+        held = CardDirectMatrix(made, torch.bfloat16, device)
+        x = torch.randn(2, columns, device=device).bfloat16()
+        truth = x.double() @ torch.from_numpy(made.weights()).double().T.to(device)
+        scale = x.double().abs() @ torch.from_numpy(made.weights()).double().abs().T.to(device)
+        for config in WORD_CONFIGS:
+            y = x.new_full((2, 41), float("nan"))
+            direct_kernel.fn[(-(-41 // config.kwargs["ROWS"]), 2)](
+                *(*held.arguments(x, y), *BITS_OF_FLOATS),
+                **held.constants,
+                **config.all_kwargs(),
+            )
+            assert ((y - truth).abs() <= truth.abs() * 2**-7 + scale * 1e-5).all(), config
+            assert (y[:, 3] == 0).all(), config
 
 
 @pytest.fixture(scope="module")

@@ -84,6 +84,32 @@ def test_rows_of_any_width_are_packed_for_a_card(rows: int, columns: int) -> Non
     assert torch.equal(held.code_rows(ids), wanted[ids])
 
 
+def test_words_hold_their_nibbles_where_the_kernel_of_a_card_looks_for_them() -> None:
+    made = codes(7, 44)
+    held = CardDirectMatrix(made, torch.float32, CPU)
+    words = held.arguments(torch.zeros(1, 44), torch.zeros(1, 7))[1]
+    assert isinstance(words, torch.Tensor)
+    assert words.shape == (7, 6)
+    bits = words.numpy().view(np.uint32)
+    parts = (bits, bits >> 8, bits >> 16 | bits << 16, bits << 8)
+    pairs = [np.stack([part >> 15 & 15, part >> 19 & 15], 2) for part in parts]
+    nibbles = np.concatenate([pair.reshape(7, -1) for pair in pairs], 1)[:, :44]
+    assert (nibbles == (made.codes.astype(int) + 8) % 16).all()
+
+
+def test_entries_come_in_eights_with_neighbours_in_neighbouring_ones() -> None:
+    made = np.zeros((2, 100), np.int8)
+    made[0, :17] = 16  # an entry each of h = 1: 3 eights, the last 7 of which are empty
+    made[1, 99] = 40  # -8 + 48: 3 entries
+    held = CardDirectMatrix(RowCodes(made, np.ones(2, np.float16)), torch.float32, CPU)
+    assert held._starts.tolist() == [0, 3, 4]
+    h, column = held._entries >> 14, held._entries & 0x3FFF
+    assert column.view(4, 8)[0].tolist() == [0, 3, 6, 9, 12, 15, 0, 0]
+    assert column.view(4, 8)[2].tolist() == [2, 5, 8, 11, 14, 0, 0, 0]
+    assert column[24:27].tolist() == [99] * 3
+    assert h.view(4, 8).sum(1).tolist() == [6, 6, 5, 3]
+
+
 def test_nibbles_are_laid_out_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     nibbles = np.random.default_rng(0).integers(-8, 8, (300, 96)).astype(np.int8)
     whole, rows = direct.pack(nibbles)
