@@ -90,7 +90,7 @@ item() {
     tests) python3 -m shortstack doctor; python3 -m pytest -q -p no:cacheprovider -W "ignore:invalid escape sequence" \
       -W 'ignore:`torch.jit:DeprecationWarning' tests/runtimes/test_packed_card.py tests/runtimes/test_pytorch_card.py \
       tests/runtimes/test_ort_card.py tests/devices/test_real_card.py tests/devices/test_roofline_ceilings.py ;;
-    kernels) python3 -m benchmarks.direct_kernels --json "$out/kernels.json" ;;
+    kernels) python3 -m benchmarks.direct_kernels --shapes 12288x4096 4096x4096 22016x4096 4096x11008 --json "$out/kernels.json" ;;
     packed) python3 -m benchmarks.packed_memory --device cuda:0 --shape 7b --nvcomp -o "$out/packed" ;;
     exit-speed) python3 -m benchmarks.exit_speed bench "$model" --work "$out/exit-work" \
       --out "$out/exit-speed" --device cuda:0 --threads 8 --repeats 3 --minutes 9 --runtimes llama.cpp onnxruntime pytorch-graph ;;
