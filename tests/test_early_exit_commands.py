@@ -33,7 +33,7 @@ def fit_command(tiny: Path, tmp_path: Path) -> list[str]:
     out = str(tmp_path / "exit.safetensors")
     return [
         *("exits", "fit", str(tiny), "--tune", rows, "-o", out, "--every", "1", "--first", "1"),
-        *("--max-accuracy-loss", "0.1", "--json"),
+        *("--max-accuracy-loss", "0.1", "--check-cost", "0", "--json"),
     ]
 
 
@@ -67,6 +67,22 @@ def test_from_questions_to_layers_saved(
     assert rules["early exit"]["saved"]["estimate"] == pytest.approx(1 - sum(layers) / 6 / 24)
     assert (out / "early_exit.md").read_text().count("| early exit |") == 1
     assert main(fit_command) == 0  # an early exit is replaced
+
+
+def test_what_a_check_takes_is_measured_and_can_be_repeated(
+    fit_command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = fit_command.index("--check-cost")
+    assert main([*fit_command[:told], *fit_command[told + 2 :], "--quiet"]) == 0
+    measured = said(capsys)
+    cost = measured["check_cost"]
+    assert cost["measured"]
+    assert cost["layers"] == round(cost["check_s"] / cost["layer_s"], 3)
+    assert read_rule(Path(measured["classifier"])).facts["check_cost"] == cost
+    assert main([*fit_command, "--check-cost", str(cost["layers"])]) == 0
+    again = said(capsys)
+    assert not again["check_cost"]["measured"]
+    assert {**again, "check_cost": cost} == measured
 
 
 def test_another_model_is_refused(
@@ -205,6 +221,8 @@ def test_rules_that_cannot_be_are_refused(changes: dict[str, Any], words: str) -
     [
         (["--max-accuracy-loss", "1.5"], "--max-accuracy-loss must be from 0"),
         (["--check", "guess"], "--check is 'guess'"),
+        (["--check-cost", "-1"], "--check-cost must be 0 or more layers"),
+        (["--check-cost", "99"], "no threshold saves time where a check takes 99 of a layer's"),
         (["-o", "exit.json"], "must end in .safetensors"),
         (["--shots", "900"], "900 examples are asked for"),
     ],

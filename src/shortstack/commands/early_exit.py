@@ -130,7 +130,8 @@ def _fit(
 ) -> tuple[Rule, dict[str, Rule]]:
     import dataclasses
 
-    from shortstack.prune.early_exit.fit import baselines, fit
+    from shortstack.commands.early_exit_cost import check_cost
+    from shortstack.prune.early_exit.fit import fit
     from shortstack.prune.early_exit.states import collect
 
     model = open_model(checkpoint, loading)
@@ -141,13 +142,19 @@ def _fit(
             states[name] = collect(model, part, layers, loading.batch_tokens, progress)
     words = {prompt.words for part in prompts.values() for prompt in part}
     shared = words.pop() if len(words) == 1 else ()
+    with display.step("Time a check") as progress:
+        cost = check_cost(model, prompts["validation"], settings, progress)
     with display.step("Fit"):
-        rule = fit(
+        rule, others = fit(
             *(model, states["tune"], states["validation"], shared, settings),
             model_sha256=checkpoint.sha256,
+            cost=cost,
         )
-        rule = dataclasses.replace(rule, facts={**rule.facts, "style": style.to_dict()})
-        return rule, baselines(model, rule, states["validation"])
+
+    def told(one: Rule) -> Rule:
+        return dataclasses.replace(one, facts={**one.facts, "style": style.to_dict()})
+
+    return told(rule), {name: told(other) for name, other in others.items()}
 
 
 def _said(rule: Rule, others: Mapping[str, Rule], out: Path) -> dict[str, Any]:
@@ -157,6 +164,7 @@ def _said(rule: Rule, others: Mapping[str, Rule], out: Path) -> dict[str, Any]:
         "check": rule.check,
         "checks": list(rule.layers),
         "of_layers": rule.n_layers,
+        "check_cost": rule.facts["check_cost"],
         "rows": rule.facts["rows"],
         "validation": rule.facts["validation"],
         **{name: other.facts["validation"] for name, other in others.items()},
