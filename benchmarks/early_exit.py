@@ -41,7 +41,7 @@ from shortstack.commands.early_exit_cost import check_cost
 from shortstack.commands.early_exit_eval import answered, compared
 from shortstack.early_exit.batches import batches
 from shortstack.early_exit.cost import CheckCost
-from shortstack.early_exit.prompts import Prompt, Style, choose_style, encode
+from shortstack.early_exit.prompts import Prompt, Style, choose_style, cut_prompts, encode
 from shortstack.early_exit.rule import ANSWERS, PROBE, VOCABULARY, Rule
 from shortstack.early_exit.rule_file import write_rule
 from shortstack.early_exit.watched import Run, watched
@@ -204,6 +204,7 @@ def measured(
     result = compared(name, prompts["test"], timed, n_layers)
     result |= {
         "refused": refused,
+        "cut_prompts_of_parts": {part: cut_prompts(rows) for part, rows in prompts.items()},
         "checks": {title: list(rule.layers) for title, rule in rules.items()},
         "validation": {title: rule.facts["validation"] for title, rule in rules.items()},
         "check_cost": {title: rule.facts["check_cost"] for title, rule in rules.items()},

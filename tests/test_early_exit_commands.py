@@ -202,6 +202,32 @@ def test_no_prompt_is_longer_than_the_models_context(
     assert lengths == [Checkpoint.open(tiny).config["max_position_embeddings"]]
 
 
+def test_prompts_that_were_cut_are_counted_and_said(
+    tiny: Path, tmp_path: Path, fit_command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    room, codec = 24, FolderCodec(tiny)
+    rows = made_up(72)
+    encoded = encode(codec, rows, Style(WORDS), 1000)
+    long = sum(len(prompt.tokens) > room for prompt in encoded)
+    assert 0 < long < len(rows)
+    assert [prompt.cut_tokens for prompt in encoded] == [0] * len(rows)
+    narrow = fit_command[: fit_command.index("--json")]
+    assert main([*narrow, "--context", str(room)]) == 0
+    words = f"prompts were cut to their last {room} tokens"
+    assert words in " ".join(capsys.readouterr().err.split())
+    rule = tmp_path / "exit.safetensors"
+    assert sum(read_rule(rule).facts["cut_prompts"].values()) == long
+    rows = made_up(24, seed=9)
+    long = sum(len(prompt.tokens) > room for prompt in encode(codec, rows, Style(WORDS), 1000))
+    test, out = write(tmp_path / "test.jsonl", rows), tmp_path / "out"
+    command = ["eval", str(tiny), "--choice", test, "--early-exit", str(rule), "-o", str(out)]
+    assert main([*command, "--context", str(room)]) == 0
+    assert f"{long} of 24 {words}" in " ".join(capsys.readouterr().err.split())
+    (result,) = json.loads((out / "early_exit.json").read_text())["results"]
+    assert result["cut_prompts"] == long
+    assert f"{long} prompts without their beginning" in (out / "early_exit.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -13,8 +13,9 @@ from shortstack.commands.early_exit_eval import beside, open_model, prompt_limit
 from shortstack.commands.stages import opened
 from shortstack.early_exit.prompts import (
     Prompt,
-    Style,
     choose_style,
+    cut_note,
+    cut_prompts,
     encode,
     with_examples,
     without_examples,
@@ -79,7 +80,11 @@ def fit_exit(
         parts["tune"] = without_examples(style, parts["tune"])
         length = prompt_limit(loading, context_tokens(checkpoint.config, windowed=True))
         prompts = {name: encode(codec, part, style, length) for name, part in parts.items()}
-        rule, others = _fit(checkpoint, prompts, style, chosen, loading, display)
+        cut = {name: cut_prompts(part) for name, part in prompts.items()}
+        for name in (name for name, count in cut.items() if count):
+            display.note(cut_note(f"the {name} rows", prompts[name], length))
+        told = {"style": style.to_dict(), "cut_prompts": cut}
+        rule, others = _fit(checkpoint, prompts, told, chosen, loading, display)
     write_rule(rule, out)
     for name, other in others.items():
         write_rule(other, beside(out, name))
@@ -123,11 +128,12 @@ def _parts(
 def _fit(
     checkpoint: Checkpoint,
     prompts: Mapping[str, Sequence[Prompt]],
-    style: Style,
+    told: Mapping[str, Any],
     settings: Settings,
     loading: Loading,
     display: Display,
 ) -> tuple[Rule, dict[str, Rule]]:
+    """`told`: what else the rules shall hold as facts."""
     import dataclasses
 
     from shortstack.commands.early_exit_cost import check_cost
@@ -151,10 +157,10 @@ def _fit(
             cost=cost,
         )
 
-    def told(one: Rule) -> Rule:
-        return dataclasses.replace(one, facts={**one.facts, "style": style.to_dict()})
+    def telling(one: Rule) -> Rule:
+        return dataclasses.replace(one, facts={**one.facts, **told})
 
-    return told(rule), {name: told(other) for name, other in others.items()}
+    return telling(rule), {name: telling(other) for name, other in others.items()}
 
 
 def _said(rule: Rule, others: Mapping[str, Rule], out: Path) -> dict[str, Any]:
@@ -166,6 +172,7 @@ def _said(rule: Rule, others: Mapping[str, Rule], out: Path) -> dict[str, Any]:
         "of_layers": rule.n_layers,
         "check_cost": rule.facts["check_cost"],
         "rows": rule.facts["rows"],
+        "cut_prompts": rule.facts["cut_prompts"],
         "validation": rule.facts["validation"],
         **{name: other.facts["validation"] for name, other in others.items()},
     }
