@@ -263,6 +263,14 @@ def test_a_fit_that_cannot_be_is_refused(
     assert words in capsys.readouterr().err
 
 
+def test_too_few_rows_are_refused_before_any_is_run(
+    fit_command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one row a third is none."""
+    assert main([*fit_command, "--rows", "1"]) == 2
+    assert "there are 1 tune rows; 16 are needed" in capsys.readouterr().err
+
+
 def test_two_models_have_no_one_early_exit(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,12 +91,7 @@ def fit(
     ShortstackError for too few rows, a probe for rows with different answers, and a loss that no
     threshold holds.
     """
-    for name, states in (("tune", tune), ("validation", validation)):
-        if len(states.right) < LEAST_ROWS:
-            raise ShortstackError(
-                f"there are {len(states.right)} {name} rows; {LEAST_ROWS} are needed. "
-                "Give more questions."
-            )
+    check_rows({"tune": len(tune.right), "validation": len(validation.right)})
     rule = _fitted(model, tune, words, settings)
     n_layers = len(model.get_decoder().layers)
     rule = dataclasses.replace(rule, n_layers=n_layers, model_sha256=model_sha256)
@@ -111,6 +106,15 @@ def fit(
     rule = dataclasses.replace(rule, facts=facts)
     others = _baselines(model, rule, validation, settings.limits, cost)
     return _with(with_checks(rule, kept), found), others
+
+
+def check_rows(counts: Mapping[str, int]) -> None:
+    """Raise ShortstackError for too few rows of a part."""
+    for name, count in counts.items():
+        if count < LEAST_ROWS:
+            raise ShortstackError(
+                f"there are {count} {name} rows; {LEAST_ROWS} are needed. Give more questions."
+            )
 
 
 def _fitted(model: Any, tune: States, words: tuple[str, ...], settings: Settings) -> Rule:

@@ -67,7 +67,7 @@ def fit_exit(
     require(("torch", "transformers"), "prune", "fitting an early exit")
     require(("sklearn",), "exits", "fitting an early exit")
     from shortstack.evaluate.torch_scorer import check_loading
-    from shortstack.prune.early_exit.fit import Settings
+    from shortstack.prune.early_exit.fit import Settings, check_rows
 
     chosen = Settings(**settings)
     check_out(out)
@@ -78,6 +78,7 @@ def fit_exit(
         every = [question for part in parts.values() for question in part]
         style = with_examples(choose_style(codec, every, answers), parts["tune"], shots, seed)
         parts["tune"] = without_examples(style, parts["tune"])
+        check_rows({name: len(part) for name, part in parts.items()})
         length = prompt_limit(loading, context_tokens(checkpoint.config, windowed=True))
         prompts = {name: encode(codec, part, style, length) for name, part in parts.items()}
         cut = {name: cut_prompts(part) for name, part in prompts.items()}
