@@ -77,7 +77,7 @@ def test_what_a_check_takes_is_measured_and_can_be_repeated(
     measured = said(capsys)
     cost = measured["check_cost"]
     assert cost["measured"]
-    assert cost["layers"] == round(cost["check_s"] / cost["layer_s"], 3)
+    assert cost["layers"] == max(round(cost["check_s"] / cost["layer_s"], 3), 0.001)
     assert read_rule(Path(measured["classifier"])).facts["check_cost"] == cost
     assert main([*fit_command, "--check-cost", str(cost["layers"])]) == 0
     again = said(capsys)

@@ -5,7 +5,6 @@ Arrays in, numbers out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -29,27 +28,27 @@ def choose(traced: Traced, limits: Limits, cost: float) -> tuple[list[int], Outc
     """(numbers of the checks that are made, the threshold and what it does on these rows).
 
     `cost`: of a check, in layers. Of it the time saved is made: layers not run - cost x checks
-    made. For every threshold that is tried checks are taken away one by one, that which leaves
-    most time saved within the limits, or is least beyond them, until one is left; the best of all
-    sets on the way is taken. With a cost of 0 that would only choose what these rows happen to
-    like: all checks are made but those at which few leave. Raises ShortstackError where nothing
-    saves time within the limits.
+    made. For every threshold that is tried, the first checks are left out until the rest hold the
+    limits; then checks are taken away one by one, that whose absence saves most time within them,
+    as long as there is one. To hold the limits by leaving out any check that these rows do not
+    like would be to fit these rows. With a cost of 0 all checks are made but those at which few
+    leave. Raises ShortstackError where nothing saves time within the limits.
     """
     if not cost:
         return _by_layers(traced, limits)
-    best: tuple[tuple[float, float, int, float], NDArray[np.int64]] | None = None
-    for threshold in candidates(traced.scores):
-        for kept, beyond, saved in _path(traced, float(threshold), limits, cost):
-            key = (-beyond, saved, -len(kept), float(threshold))
-            if saved > 0 and (best is None or key > best[0]):
-                best = key, kept
+    best: tuple[tuple[float, int, float], list[int]] | None = None
+    tried = []
+    for threshold in map(float, candidates(traced.scores)):
+        tried.append(outcome(traced, threshold, cost))
+        kept, saved = _eliminated(traced, threshold, limits, cost)
+        key = (saved, -len(kept), threshold)
+        if kept and saved > 0 and (best is None or key > best[0]):
+            best = key, kept
     if best is None:
-        raise refusal([], len(traced.full), limits, cost)
-    (_, _, _, threshold), kept = best
-    found = outcome(columns(traced, kept.tolist()), threshold, cost)
-    if limits.beyond(found.loss, found.changed) > 0:
-        raise refusal([found], len(traced.full), limits, cost)
-    return kept.tolist(), found
+        saving = [one for one in tried if one.time_saved > 0]
+        raise refusal(saving, len(traced.full), limits, cost)
+    (_, _, threshold), kept = best
+    return kept, outcome(columns(traced, kept), threshold, cost)
 
 
 def _by_layers(traced: Traced, limits: Limits) -> tuple[list[int], Outcome]:
@@ -78,23 +77,36 @@ def columns(traced: Traced, kept: list[int]) -> Traced:
     )
 
 
-def _path(
+def _eliminated(
     traced: Traced, threshold: float, limits: Limits, cost: float
-) -> Iterator[tuple[NDArray[np.int64], float, float]]:
-    """(checks kept, how far beyond the limits, share of time saved), with one check less each."""
-    leaves = traced.scores >= threshold
+) -> tuple[list[int], float]:
+    """(checks kept, share of time saved); none where not even the last check holds the limits."""
     kept = np.arange(len(traced.layers))
-    whole = len(leaves) * traced.n_layers
-    full_right = (traced.full == traced.right).sum()
-    while True:
-        totals = _totals(traced, leaves[:, kept], kept)  # [0]: as it is; [1 + j]: without kept[j]
-        layers, made, right, changed = totals
-        beyond = limits.beyond((full_right - right) / len(leaves), changed / len(leaves))
-        saved = 1 - (layers + cost * made) / whole
-        yield kept, float(beyond[0]), float(saved[0])
-        if len(kept) == 1:
-            return
-        kept = np.delete(kept, np.lexsort((saved[1:], -beyond[1:]))[-1])
+    beyond, saved = _without_each(traced, threshold, kept, limits, cost)
+    while beyond[0] > 0:
+        kept = kept[1:]
+        if not len(kept):
+            return [], 0.0
+        beyond, saved = _without_each(traced, threshold, kept, limits, cost)
+    while len(kept) > 1:
+        held = np.where(beyond[1:] > 0, -np.inf, saved[1:])
+        if held.max() < saved[0]:
+            break
+        kept = np.delete(kept, held.argmax())
+        beyond, saved = _without_each(traced, threshold, kept, limits, cost)
+    return kept.tolist(), float(saved[0])
+
+
+def _without_each(
+    traced: Traced, threshold: float, kept: NDArray[np.int64], limits: Limits, cost: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(how far beyond the limits, share of time saved) with the checks `kept` [0], and without the
+    j-th of them [1 + j]."""
+    rows = len(traced.scores)
+    layers, made, right, changed = _totals(traced, traced.scores[:, kept] >= threshold, kept)
+    loss = ((traced.full == traced.right).sum() - right) / rows
+    saved = 1 - (layers + cost * made) / (rows * traced.n_layers)
+    return limits.beyond(loss, changed / rows), saved
 
 
 def _totals(

@@ -58,7 +58,7 @@ def check_cost(
     layer_s = _difference(took["whole"], took["leaving"]) / (whole.n_layers - middle)
     if layer_s <= 0:  # a model of microseconds on a busy machine
         layer_s = statistics.median(took["whole"]) / whole.n_layers
-    cost = round(check_s / layer_s, DECIMALS)
+    cost = max(round(check_s / layer_s, DECIMALS), 10**-DECIMALS)  # 0 is another way to choose
     return CheckCost(cost, layer_s, check_s, turns, str(whole.device))
 
 
