@@ -33,7 +33,7 @@ def fit_command(tiny: Path, tmp_path: Path) -> list[str]:
     out = str(tmp_path / "exit.safetensors")
     return [
         *("exits", "fit", str(tiny), "--tune", rows, "-o", out, "--every", "1", "--first", "1"),
-        *("--max-accuracy-loss", "0.1", "--check-cost", "0", "--json"),
+        *("--max-accuracy-loss", "0.1", "--check-cost", "0", "--threads", "1", "--json"),
     ]
 
 
@@ -55,7 +55,7 @@ def test_from_questions_to_layers_saved(
     write(tmp_path / "test.jsonl", made_up(24, seed=9))
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
-    command = ["eval", str(tiny), "--choice", "test.jsonl", "-o", str(out)]
+    command = ["eval", str(tiny), "--threads", "1", "--choice", "test.jsonl", "-o", str(out)]
     assert main([*command, "--early-exit", fitted["classifier"], "--json"]) == 0
     (result,) = said(capsys)["results"]
     assert result["n"] == 24
@@ -196,7 +196,15 @@ def test_no_prompt_is_longer_than_the_models_context(
         return prompts
 
     monkeypatch.setattr(early_exit_eval, "encode", noted)
-    command = ["eval", str(tiny), "--choice", str(tmp_path / "test.jsonl"), "--quiet"]
+    command = [
+        "eval",
+        str(tiny),
+        "--threads",
+        "1",
+        "--choice",
+        str(tmp_path / "test.jsonl"),
+        "--quiet",
+    ]
     rule = str(tmp_path / "exit.safetensors")
     assert main([*command, "--early-exit", rule, "-o", str(tmp_path / "out")]) == 0
     assert lengths == [Checkpoint.open(tiny).config["max_position_embeddings"]]
@@ -220,7 +228,18 @@ def test_prompts_that_were_cut_are_counted_and_said(
     rows = made_up(24, seed=9)
     long = sum(len(prompt.tokens) > room for prompt in encode(codec, rows, Style(WORDS), 1000))
     test, out = write(tmp_path / "test.jsonl", rows), tmp_path / "out"
-    command = ["eval", str(tiny), "--choice", test, "--early-exit", str(rule), "-o", str(out)]
+    command = [
+        "eval",
+        str(tiny),
+        "--threads",
+        "1",
+        "--choice",
+        test,
+        "--early-exit",
+        str(rule),
+        "-o",
+        str(out),
+    ]
     assert main([*command, "--context", str(room)]) == 0
     assert f"{long} of 24 {words}" in " ".join(capsys.readouterr().err.split())
     (result,) = json.loads((out / "early_exit.json").read_text())["results"]
