@@ -2,7 +2,7 @@
 
     python -m benchmarks.early_exit MODEL --data DIR --out OUT [--device cuda:0] [--dtype float32]
         [--sets finance/financial_phrasebank ...] [--rows N] [--tune-steps 500] [--every 2]
-        [--loss 0.005] [--changed 0.03] [--single-rows 100] [--exit-loss 0.5]
+        [--loss 0.005] [--changed 0.03] [--single-rows 100] [--exit-loss 0.5] [--check-cost LAYERS]
 
 DIR holds DOMAIN/SET/{train,validation,test}.jsonl[.gz] with questions. The model is first tuned on
 two thirds of all sets' train rows (`--tune-steps 0` takes it as it is: SmolLM2-135M answers most of
@@ -12,8 +12,10 @@ with that weight where the norm and the head read the checked layers (LayerSkip'
 arXiv:2404.16710): all decide earlier. The other
 third and the validation rows are halved: classifiers are fitted to one half, thresholds to the
 other, at a loss of at most `--loss` and at most `--changed` of the answers another than the whole
-model's: of a hundred rows the loss alone says little. The test rows are run once, by all rules in
-turns, batch by batch; `--single-rows` of them one by one, too. `--rows` bounds every part.
+model's: of a hundred rows the loss alone says little. What a check takes is measured on the device
+for every set and check (`--check-cost` fixes it; 0: checks cost nothing). The test rows are run
+once, by all rules in turns, batch by batch; `--single-rows` of them one by one, too. `--rows`
+bounds every part.
 """
 
 from __future__ import annotations
@@ -35,9 +37,11 @@ from torch.nn import functional
 
 from shortstack import early_exit_report
 from shortstack.checkpoint import Checkpoint
+from shortstack.commands.early_exit_cost import check_cost
 from shortstack.commands.early_exit_eval import answered, compared
 from shortstack.early_exit.batches import batches
-from shortstack.early_exit.prompts import Prompt, Style, choose_style, encode
+from shortstack.early_exit.cost import CheckCost
+from shortstack.early_exit.prompts import Prompt, Style, choose_style, cut_prompts, encode
 from shortstack.early_exit.rule import ANSWERS, PROBE, VOCABULARY, Rule
 from shortstack.early_exit.rule_file import write_rule
 from shortstack.early_exit.watched import Run, watched
@@ -45,7 +49,7 @@ from shortstack.errors import ShortstackError
 from shortstack.evaluate.codec import FolderCodec
 from shortstack.pretrained import load
 from shortstack.progress import silent
-from shortstack.prune.early_exit.fit import Settings, baselines, fit
+from shortstack.prune.early_exit.fit import Settings, fit
 from shortstack.prune.early_exit.states import collect
 from shortstack.questions import Question, refuse_leaks
 from shortstack.runtimes.pytorch_early_exit import Answerer
@@ -169,17 +173,22 @@ def rules_of(
     words = {prompt.words for part in ("fit", "validation") for prompt in prompts[part]}
     found: dict[str, Rule] = {}
     refused: dict[str, str] = {}
+    costs: dict[str, CheckCost] = {}
     for check, classifier in VARIANTS:
         title = f"{check}, {classifier}"
-        settings = Settings(check, classifier, args.every, args.first, args.loss, args.changed)
+        settings = Settings(
+            *(check, classifier, args.every, args.first, args.loss, args.changed, args.check_cost)
+        )
+        if check not in costs:  # once, so that all classifiers are told the same
+            costs[check] = check_cost(model, prompts["fit"], settings)
         try:
             shared = next(iter(words)) if len(words) == 1 else ()
             fitted = (model, states["fit"], states["validation"], shared, settings)
-            found[title] = fit(*fitted, model_sha256=sha256)
+            found[title], others = fit(*fitted, model_sha256=sha256, cost=costs[check])
         except ShortstackError as error:
             refused[title] = str(error)
             continue
-        for name, rule in baselines(model, found[title], states["validation"]).items():
+        for name, rule in others.items():
             found.setdefault(f"{check}, {name}", rule)
     return found, refused
 
@@ -195,8 +204,10 @@ def measured(
     result = compared(name, prompts["test"], timed, n_layers)
     result |= {
         "refused": refused,
+        "cut_prompts_of_parts": {part: cut_prompts(rows) for part, rows in prompts.items()},
         "checks": {title: list(rule.layers) for title, rule in rules.items()},
         "validation": {title: rule.facts["validation"] for title, rule in rules.items()},
+        "check_cost": {title: rule.facts["check_cost"] for title, rule in rules.items()},
         "agreement": {title: rule.facts["agreement"] for title, rule in rules.items()},
         "prompt_tokens": statistics.mean(len(prompt.tokens) for prompt in prompts["test"]),
     }
@@ -251,6 +262,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--first", type=int, default=4)
     parser.add_argument("--loss", type=float, default=0.005)
     parser.add_argument("--changed", type=float, default=0.03)
+    parser.add_argument("--check-cost", type=float, help="in layers; default: measured")
     parser.add_argument("--single-rows", type=int, default=100)
     parser.add_argument("--batch-tokens", type=int)
     return parser.parse_args()

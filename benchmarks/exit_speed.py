@@ -18,11 +18,14 @@ model's in the same round, with a bootstrap interval; (k+1)/L the layers it runs
 `bytes` is what a model of bytes says of a step: weights that it reads, and the cache in the middle
 of decoding; `operations` what one of operations says of a prefill (both of docs/roofline.md). They
 know the head, which is as large at every depth, and nothing else that does not depend on depth.
+The whole model is known by its name and hashes, not by its depth: an exit behind all layers but one
+runs as many.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,6 +53,8 @@ NAMES = {
     "onnxruntime": "onnx-exits",
 }
 """Runtime -> campaign; `formats.Campaign` reads the runtime from its name."""
+EXIT_NAME = re.compile(r"at-\d+([-.].*)?")
+"""What `folder` and `exported` call exits."""
 HEAD = """\
 | | layers run | (k+1)/L | a step, ms | over the whole (95 %) | ÷ (k+1)/L | bytes predict \
 | prompt, ms | over the whole (95 %) | ÷ (k+1)/L | operations predict |
@@ -197,12 +202,19 @@ def line(case: Case, whole: Case) -> str:
 
 
 def table(outs: Sequence[Path]) -> list[str]:
-    """Rows by form, the whole model first; what failed, and flags, below."""
+    """Rows by form, the whole model first; what failed, what was held against nothing as the whole
+    model was not measured, and flags, below."""
     told, notes = [HEAD], []
     flags: dict[str, dict[str, None]] = defaultdict(dict)
     for every in campaigns_of(outs):
         done = [case for case in every if why_not(case) is None]
-        if every[0] in done:
+        if not is_whole(every[0]):
+            depths = ", ".join(str(case.n_layers) for case in every)
+            notes.append(
+                f"{form(every[0])}: only exits were measured (layers: {depths}), the whole model "
+                "was not. There is nothing to hold them against: bench both in one campaign."
+            )
+        elif every[0] in done:
             told += [line(case, every[0]) for case in done]
         for case in every:
             name = f"{form(case)}, {case.n_layers} layers"
@@ -220,9 +232,22 @@ def campaigns_of(outs: Sequence[Path]) -> list[list[Case]]:
         found[record.run_id, form(case)].append(case)
     order = list(NAMES)
     return sorted(
-        (sorted(every, key=lambda case: -case.n_layers) for every in found.values()),
+        (
+            sorted(every, key=lambda case: (not is_whole(case), -case.n_layers))
+            for every in found.values()
+        ),
         key=lambda every: (order.index(every[0].runtime), form(every[0])),
     )
+
+
+def is_whole(case: Case) -> bool:
+    """Whether it is the model that the others are exits of: `EXITS@30` that is its own source, or
+    what has no name of an exit's."""
+    artifact = case.measurement.artifact
+    name = Path(artifact.path).name
+    if "@" in name:
+        return artifact.sha256 == artifact.source_sha256
+    return EXIT_NAME.fullmatch(name) is None
 
 
 def why_not(case: Case) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shortstack.early_exit.row import row_features
 from shortstack.early_exit.rule import PROBE, Answer, Rule
 from shortstack.early_exit.segments import Segment, read_segments
 from shortstack.errors import MissingExtraError, ShortstackError, one_line
@@ -96,7 +97,7 @@ class OrtAnswerer:
         states = sum(given[name][0, -1].astype(np.float32) for name in segment.hidden)
         unit = states / np.sqrt(np.square(states).mean())
         logits = rule.probe[check] @ unit + rule.probe_bias[check]
-        features = probability_features(logits)
+        features = np.array(row_features(logits.tolist()), np.float32)
         return float(features @ rule.weights[check] + rule.bias[check]), int(logits.argmax())
 
     def answer_batch(self, batch: Any) -> list[Answer]:
@@ -106,14 +107,6 @@ class OrtAnswerer:
             self.answer_tokens(row[: end + 1], [one for one in answers if one >= 0])
             for row, end, answers in zip(tokens, last, batch.answers.tolist(), strict=True)
         ]
-
-
-def probability_features(logits: Floats) -> Floats:
-    """(top, gap, margin) of one row of logits, as `early_exit.numbers` has them of many."""
-    first, second = np.sort(logits)[::-1][:2]
-    total = np.exp(logits - first).sum()
-    top, next_one = 1 / total, np.exp(second - first) / total
-    return np.array([top, top - next_one, first - second], np.float32)
 
 
 def check_probe(rule: Rule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,10 +70,18 @@ class Answerer:
 
     def answer_batch(self, batch: Batch) -> list[Answer]:
         leaving = _Leaving(batch, self._head, self._checks)
-        with torch.inference_mode(), watched(self._model, leaving.on_layer):
+        with (
+            contextlib.suppress(_AllLeftError),
+            torch.inference_mode(),
+            watched(self._model, leaving.on_layer),
+        ):
             made = self._model.get_decoder()(input_ids=batch.tokens, use_cache=False)
             leaving.end(made.last_hidden_state, self.n_layers)
         return leaving.answers
+
+
+class _AllLeftError(Exception):
+    """Nobody wants the rest of the decoder, its last norm neither."""
 
 
 class _Leaving:
@@ -82,7 +91,7 @@ class _Leaving:
         self._batch, self._head, self._checks = batch, head, checks
         self._n_rows = len(batch.index)
         self._last = batch.last
-        self._answers = batch.answers
+        self._places = torch.arange(self._n_rows, device=batch.last.device)
         self._head_rows = head.rows(batch.answers)
         self.rows: Tensor | None = None
         """Numbers of the rows that have not left; None while that is all."""
@@ -94,8 +103,6 @@ class _Leaving:
         return [self._found[row] for row in range(self._n_rows)]
 
     def on_layer(self, index: int, run: Run, hidden: Tensor, named: dict[str, Any]) -> Tensor:
-        if not self._numbers:
-            return hidden  # all have left: the states pass
         hidden = run(hidden, **self._remaining(named))
         check = None if self._checks is None else self._checks.rule.at(index + 1)
         return hidden if check is None else self._without_leavers(check, hidden, index + 1)
@@ -116,10 +123,9 @@ class _Leaving:
 
     def _without_leavers(self, check: int, hidden: Tensor, n_run: int) -> Tensor:
         assert self._checks is not None
-        states = self._at_last(hidden)
-        scores, chosen = self._checks.of_answers(check, states, self._head_rows)
+        found = self._checks.decide(check, self._at_last(hidden), self._head_rows)
         staying = []
-        for place, (score, answer) in enumerate(zip(scores.tolist(), chosen.tolist(), strict=True)):
+        for place, (score, answer) in enumerate(found):
             if score >= self._checks.threshold:
                 self._found[self._numbers[place]] = Answer(answer, n_run)
             else:
@@ -128,29 +134,27 @@ class _Leaving:
             return hidden
         self._numbers = [self._numbers[place] for place in staying]
         if not staying:
-            return hidden
+            raise _AllLeftError
         return self._shrink(hidden, torch.tensor(staying))
 
     def _at_last(self, hidden: Tensor) -> Tensor:
         if self._n_rows == 1:  # alone it is not filled up
             return hidden[:, -1]
-        return hidden[torch.arange(len(hidden), device=hidden.device), self._last]
+        return hidden[self._places, self._last]
 
     def _shrink(self, hidden: Tensor, staying: Tensor) -> Tensor:
         """`staying`: places among the rows that are left, on the host."""
         weight, bias, absent = self._head_rows
         if len(weight) > 1:
-            bias = None if bias is None else bias[staying]
-            self._head_rows = weight[staying], bias, absent[staying]
+            bias, absent = (None if one is None else one[staying] for one in (bias, absent))
+            self._head_rows = weight[staying], bias, absent
         there = staying.to(hidden.device)
         self.rows = there if self.rows is None else self.rows[there]
-        self._last = self._last[there]
+        self._last, self._places = self._last[there], self._places[: len(there)]
         return hidden[there]
 
     def end(self, normed: Tensor, n_layers: int) -> None:
         """Those who stayed answer with the whole model's states, which the last norm has seen."""
-        if not self._numbers:
-            return
         logits = self._head.answer_logits(self._at_last(normed), self._head_rows)
         for number, answer in zip(self._numbers, logits.argmax(-1).tolist(), strict=True):
             self._found[number] = Answer(int(answer), n_layers)

@@ -41,5 +41,5 @@ def fitted(folder: Path, settings: Settings, count: int = 96) -> tuple[Any, Rule
     third = count // 3
     tune = states_of(model, prompts[:third], layers)
     validation = states_of(model, prompts[third : 2 * third], layers)
-    rule = fit(model, tune, validation, ANSWERS, settings, model_sha256="0" * 64)
+    rule, _ = fit(model, tune, validation, ANSWERS, settings, model_sha256="0" * 64)
     return model, rule, prompts[2 * third :]

@@ -33,7 +33,7 @@ def fit_command(tiny: Path, tmp_path: Path) -> list[str]:
     out = str(tmp_path / "exit.safetensors")
     return [
         *("exits", "fit", str(tiny), "--tune", rows, "-o", out, "--every", "1", "--first", "1"),
-        *("--max-accuracy-loss", "0.1", "--json"),
+        *("--max-accuracy-loss", "0.1", "--check-cost", "0", "--threads", "1", "--json"),
     ]
 
 
@@ -55,7 +55,7 @@ def test_from_questions_to_layers_saved(
     write(tmp_path / "test.jsonl", made_up(24, seed=9))
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
-    command = ["eval", str(tiny), "--choice", "test.jsonl", "-o", str(out)]
+    command = ["eval", str(tiny), "--threads", "1", "--choice", "test.jsonl", "-o", str(out)]
     assert main([*command, "--early-exit", fitted["classifier"], "--json"]) == 0
     (result,) = said(capsys)["results"]
     assert result["n"] == 24
@@ -67,6 +67,22 @@ def test_from_questions_to_layers_saved(
     assert rules["early exit"]["saved"]["estimate"] == pytest.approx(1 - sum(layers) / 6 / 24)
     assert (out / "early_exit.md").read_text().count("| early exit |") == 1
     assert main(fit_command) == 0  # an early exit is replaced
+
+
+def test_what_a_check_takes_is_measured_and_can_be_repeated(
+    fit_command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = fit_command.index("--check-cost")
+    assert main([*fit_command[:told], *fit_command[told + 2 :], "--quiet"]) == 0
+    measured = said(capsys)
+    cost = measured["check_cost"]
+    assert cost["measured"]
+    assert cost["layers"] == max(round(cost["check_s"] / cost["layer_s"], 3), 0.001)
+    assert read_rule(Path(measured["classifier"])).facts["check_cost"] == cost
+    assert main([*fit_command, "--check-cost", str(cost["layers"])]) == 0
+    again = said(capsys)
+    assert not again["check_cost"]["measured"]
+    assert {**again, "check_cost": cost} == measured
 
 
 def test_another_model_is_refused(
@@ -180,10 +196,55 @@ def test_no_prompt_is_longer_than_the_models_context(
         return prompts
 
     monkeypatch.setattr(early_exit_eval, "encode", noted)
-    command = ["eval", str(tiny), "--choice", str(tmp_path / "test.jsonl"), "--quiet"]
+    command = [
+        "eval",
+        str(tiny),
+        "--threads",
+        "1",
+        "--choice",
+        str(tmp_path / "test.jsonl"),
+        "--quiet",
+    ]
     rule = str(tmp_path / "exit.safetensors")
     assert main([*command, "--early-exit", rule, "-o", str(tmp_path / "out")]) == 0
     assert lengths == [Checkpoint.open(tiny).config["max_position_embeddings"]]
+
+
+def test_prompts_that_were_cut_are_counted_and_said(
+    tiny: Path, tmp_path: Path, fit_command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    room, codec = 24, FolderCodec(tiny)
+    rows = made_up(72)
+    encoded = encode(codec, rows, Style(WORDS), 1000)
+    long = sum(len(prompt.tokens) > room for prompt in encoded)
+    assert 0 < long < len(rows)
+    assert [prompt.cut_tokens for prompt in encoded] == [0] * len(rows)
+    narrow = fit_command[: fit_command.index("--json")]
+    assert main([*narrow, "--context", str(room)]) == 0
+    words = f"prompts were cut to their last {room} tokens"
+    assert words in " ".join(capsys.readouterr().err.split())
+    rule = tmp_path / "exit.safetensors"
+    assert sum(read_rule(rule).facts["cut_prompts"].values()) == long
+    rows = made_up(24, seed=9)
+    long = sum(len(prompt.tokens) > room for prompt in encode(codec, rows, Style(WORDS), 1000))
+    test, out = write(tmp_path / "test.jsonl", rows), tmp_path / "out"
+    command = [
+        "eval",
+        str(tiny),
+        "--threads",
+        "1",
+        "--choice",
+        test,
+        "--early-exit",
+        str(rule),
+        "-o",
+        str(out),
+    ]
+    assert main([*command, "--context", str(room)]) == 0
+    assert f"{long} of 24 {words}" in " ".join(capsys.readouterr().err.split())
+    (result,) = json.loads((out / "early_exit.json").read_text())["results"]
+    assert result["cut_prompts"] == long
+    assert f"{long} prompts without their beginning" in (out / "early_exit.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -205,6 +266,8 @@ def test_rules_that_cannot_be_are_refused(changes: dict[str, Any], words: str) -
     [
         (["--max-accuracy-loss", "1.5"], "--max-accuracy-loss must be from 0"),
         (["--check", "guess"], "--check is 'guess'"),
+        (["--check-cost", "-1"], "--check-cost must be 0 or more layers"),
+        (["--check-cost", "99"], "no threshold saves time where a check takes 99 of a layer's"),
         (["-o", "exit.json"], "must end in .safetensors"),
         (["--shots", "900"], "900 examples are asked for"),
     ],
@@ -217,6 +280,14 @@ def test_a_fit_that_cannot_be_is_refused(
 ) -> None:
     assert main([*fit_command, *changes]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_too_few_rows_are_refused_before_any_is_run(
+    fit_command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one row a third is none."""
+    assert main([*fit_command, "--rows", "1"]) == 2
+    assert "there are 1 tune rows; 16 are needed" in capsys.readouterr().err
 
 
 def test_two_models_have_no_one_early_exit(

@@ -61,7 +61,9 @@ def cells(told: list[str], form: str, layers: int) -> list[str]:
 
 def test_ratios_are_held_against_layers_and_bytes(tmp_path: Path) -> None:
     cases = [
-        measurement(f"at-{n}", n, spec) for n in (16, 30) for spec in ("gguf:Q8_0", "onnx:fp32")
+        measurement(label, n, spec)
+        for label, n in (("at-15", 16), ("whole", 30))
+        for spec in ("gguf:Q8_0", "onnx:fp32")
     ]
     for case in cases:
         case["artifact"] |= {
@@ -85,6 +87,40 @@ def test_ratios_are_held_against_layers_and_bytes(tmp_path: Path) -> None:
     headed = [n * PER_LAYER + REST for n in (16, 30)]
     predicted = float(cells(told, "ONNX fp32", 16)[10])
     assert predicted == pytest.approx(headed[0] / headed[1], abs=1e-3)
+
+
+def of_exits(depth: int, n_layers: int, whole: bool = False) -> dict[str, Any]:
+    """As `bench EXITS@DEPTH` records it."""
+    made = measurement(f"exits@{depth}", n_layers)
+    made["runtime"] = made["runtime_info"]["runtime"] = "pytorch"
+    made["artifact"] |= {
+        "path": f"exits@{depth}",
+        "spec": {"format": "checkpoint", "precision": "float32", "options": {}},
+        "source_sha256": made["artifact"]["sha256"] if whole else "0" * 64,
+    }
+    return made
+
+
+def test_an_exit_behind_all_layers_but_one_is_not_the_whole_model(tmp_path: Path) -> None:
+    """It runs as many layers, and stands first in the record."""
+    last, whole = of_exits(29, 30), of_exits(30, 30, whole=True)
+    for trial in last["trials"]:
+        trial["decode_step_s"] = [2 * step for step in trial["decode_step_s"]]
+    told = table([written(tmp_path / "out", bench([last, whole]))])
+    rows = [row for row in told if row.startswith("| PyTorch")]
+    ratios = [row.strip("|").split("|")[4].strip() for row in rows]
+    assert ratios[0] == "1"
+    assert float(ratios[1].split()[0]) == pytest.approx(2, rel=0.05)
+
+
+@pytest.mark.parametrize("form", ["GGUF Q8_0", "PyTorch float32"])
+def test_exits_alone_are_held_against_nothing(tmp_path: Path, form: str) -> None:
+    exits = [of_exits(29, 30), of_exits(15, 16)]
+    if form == "GGUF Q8_0":
+        exits = [measurement("at-29", 30), measurement("at-15", 16)]
+    told = table([written(tmp_path / "out", bench(exits))])
+    assert not any(row.startswith(f"| {form}") for row in told)
+    assert any(f"{form}: only exits were measured (layers: 30, 16)" in row for row in told)
 
 
 def test_depths_are_no_ratios_where_the_whole_model_failed(tmp_path: Path) -> None:

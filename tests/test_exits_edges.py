@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -104,3 +105,35 @@ def test_a_budget_that_is_no_number_is_refused(budget: float) -> None:
     cost = DepthCost(0.0, 0.1)
     with pytest.raises(ShortstackError, match="is no budget. Give a number"):
         deepest_within(budget, {5: 6, 6: 6}, RequestCost(8, cost, cost), 2)
+
+
+def test_exits_whose_folder_was_moved_name_both_places(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "models" / "tiny"
+    shutil.copytree(tiny, base)
+    made = make_exits(base, tmp_path / "run" / "exits")
+    (tmp_path / "away").mkdir()
+    moved = tmp_path / "away" / "run" / "exits"
+    shutil.move(tmp_path / "run", moved.parent)
+    sought = tmp_path / "away" / "models" / "tiny"
+    assert main(["bench", f"{moved}@2", "-o", str(tmp_path / "out")]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{moved} belongs to a model that lay at ../../models/tiny from there" in said
+    assert f"at {sought} there is none" in said
+    assert made.base_sha256[:12] in said
+    assert "--model of exits choose or exits export" in said
+    assert read_exits(moved, base).open_base().path == base  # what it says to do
+    sought.parent.mkdir()
+    sought.symlink_to(base)
+    assert read_exits(moved).open_base().sha256 == made.base_sha256
+
+
+def test_exits_reached_by_a_link_find_their_base(tiny: Path, tmp_path: Path) -> None:
+    base = tmp_path / "models" / "tiny"
+    shutil.copytree(tiny, base)
+    made = make_exits(base, tmp_path / "run" / "exits")
+    link = tmp_path / "a" / "b" / "c" / "exits"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(made.path)
+    assert read_exits(link).open_base().path == base

@@ -184,7 +184,7 @@ def questions(tmp_path: Path) -> dict[str, Any]:
         name: write(tmp_path / f"{name}.jsonl", made_up(count, seed))
         for seed, (name, count) in enumerate(sizes.items())
     }
-    return {**files, "every": 1, "first": 1, "max_accuracy_loss": 0.1}
+    return {**files, "every": 1, "first": 1, "max_accuracy_loss": 0.1, "check_cost": 0.05}
 
 
 def alone(model: Path, questions: dict[str, Any]) -> Recipe:
@@ -210,6 +210,7 @@ def test_an_early_exit_is_fitted_and_held_against_other_rows(
     fitted = read_manifest(out / "early-exit" / "rule")
     assert fitted is not None
     assert fitted["early_exit"]["rows"] == {"tune": 48, "validation": 24}
+    assert fitted["early_exit"]["check_cost"]["layers"] == 0.05
     said = (out / "report.md").read_text()
     assert f"Leaving early saves {100 * saved:.1f} %" in said
     assert said.count("| early exit |") == 1

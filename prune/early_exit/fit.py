@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +12,17 @@ import torch
 from numpy.typing import NDArray
 
 from shortstack.early_exit.checks import Checks, ModelHead
+from shortstack.early_exit.cost import FREE, CheckCost
 from shortstack.early_exit.rule import ANSWERS, FEATURES, PROBE, VOCABULARY, Rule
 from shortstack.errors import SettingError, ShortstackError
-from shortstack.prune.early_exit.calibrate import (
-    Outcome,
-    Traced,
-    calibrated,
-    depth_rule,
-)
+from shortstack.prune.early_exit.calibrate import Limits, Outcome, Traced, depth_rule
+from shortstack.prune.early_exit.choose import choose
 from shortstack.prune.early_exit.classifier import CLASSIFIERS, fit_classifier, top_rule
 from shortstack.prune.early_exit.probe import fit_probe
 from shortstack.prune.early_exit.states import States
 
 LEAST_ROWS = 16
 """Fewer rows than these decide nothing."""
-LEAST_LEAVING = 0.02
-"""A check at which a smaller share of rows leaves costs more than it saves."""
 FOR_ANSWERS = (ANSWERS, PROBE, VOCABULARY)
 TOP, DEPTH = "top", "depth"
 """Rules without a classifier: a fixed threshold on the highest probability; one depth for all."""
@@ -35,7 +30,8 @@ TOP, DEPTH = "top", "depth"
 
 @dataclass(frozen=True)
 class Settings:
-    """`every`: layers between checks; `first`: layers before the first one."""
+    """`every`: layers between checks; `first`: layers before the first one; `check_cost`: a
+    check's time in layers, None to measure it."""
 
     check: str = ANSWERS
     classifier: str = "logistic"
@@ -43,6 +39,7 @@ class Settings:
     first: int = 2
     max_accuracy_loss: float = 0.01
     max_changed: float | None = None
+    check_cost: float | None = None
 
     def __post_init__(self) -> None:
         if self.check not in FOR_ANSWERS:
@@ -59,6 +56,12 @@ class Settings:
             raise SettingError("max_accuracy_loss", "must be from 0 to below 1, as 0.01")
         if self.max_changed is not None and not 0 <= self.max_changed <= 1:
             raise SettingError("max_changed", "must be from 0 to 1, as 0.05")
+        if self.check_cost is not None and not 0 <= self.check_cost < float("inf"):
+            raise SettingError("check_cost", "must be 0 or more layers, as 0.25")
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_accuracy_loss, self.max_changed)
 
     def layers(self, n_layers: int) -> tuple[int, ...]:
         """Numbers of layers after which it is checked. Raises ShortstackError for none."""
@@ -79,36 +82,39 @@ def fit(
     settings: Settings,
     *,
     model_sha256: str,
-) -> Rule:
-    """`words`: the answers, where they are the same for all rows; else empty.
+    cost: CheckCost = FREE,
+) -> tuple[Rule, dict[str, Rule]]:
+    """The rule and the rules to beat (`_baselines`). `words`: the answers, where they are the same
+    for all rows; else empty. `cost`: of a check where `model` runs.
 
-    Classifier and probe see `tune`, the threshold `validation`. Raises ShortstackError for too few
-    rows, a probe for rows with different answers, and a loss that no threshold holds.
+    Classifier and probe see `tune`, checks and threshold are chosen on `validation`. Raises
+    ShortstackError for too few rows, a probe for rows with different answers, and a loss that no
+    threshold holds.
     """
-    for name, states in (("tune", tune), ("validation", validation)):
-        if len(states.right) < LEAST_ROWS:
-            raise ShortstackError(
-                f"there are {len(states.right)} {name} rows; {LEAST_ROWS} are needed. "
-                "Give more questions."
-            )
+    check_rows({"tune": len(tune.right), "validation": len(validation.right)})
     rule = _fitted(model, tune, words, settings)
     n_layers = len(model.get_decoder().layers)
     rule = dataclasses.replace(rule, n_layers=n_layers, model_sha256=model_sha256)
     traced = trace(model, rule, validation)
-    agreement = _agreement(traced)
-    limits = (settings.max_accuracy_loss, settings.max_changed)
-    found = calibrated(traced, *limits)
-    kept = _used(traced, found.threshold)
-    if 0 < len(kept) < len(rule.layers):
-        rule, traced = with_checks(rule, kept), _columns(traced, kept)
-        found = calibrated(traced, *limits)
+    kept, found = choose(traced, settings.limits, cost.layers)
     facts = {
         "settings": dataclasses.asdict(settings),
         "rows": {"tune": len(tune.right), "validation": len(validation.right)},
-        "validation": found.to_dict(),
-        "agreement": agreement,
+        "check_cost": cost.to_dict(),
+        "agreement": _agreement(traced),
     }
-    return dataclasses.replace(rule, threshold=found.threshold, facts=facts)
+    rule = dataclasses.replace(rule, facts=facts)
+    others = _baselines(model, rule, validation, settings.limits, cost)
+    return _with(with_checks(rule, kept), found), others
+
+
+def check_rows(counts: Mapping[str, int]) -> None:
+    """Raise ShortstackError for too few rows of a part."""
+    for name, count in counts.items():
+        if count < LEAST_ROWS:
+            raise ShortstackError(
+                f"there are {count} {name} rows; {LEAST_ROWS} are needed. Give more questions."
+            )
 
 
 def _fitted(model: Any, tune: States, words: tuple[str, ...], settings: Settings) -> Rule:
@@ -166,23 +172,23 @@ def trace(model: Any, rule: Rule, states: States) -> Traced:
     return Traced(scores.astype(np.float32), chosen, full, right, rule.layers, rule.n_layers)
 
 
-def baselines(model: Any, rule: Rule, validation: States) -> dict[str, Rule]:
-    """The rules to beat, with the same check and held to the same loss: `top` leaves at a fixed
-    highest probability, `depth` always after the same layers. One that cannot hold the loss is
-    not there."""
-    settings = rule.facts["settings"]
-    limits = (settings["max_accuracy_loss"], settings["max_changed"])
+def _baselines(
+    model: Any, rule: Rule, validation: States, limits: Limits, cost: CheckCost
+) -> dict[str, Rule]:
+    """The rules to beat, with the same check, chosen as `rule` is from all checks, held to the same
+    loss: `top` leaves at a fixed highest probability, `depth` always after the same layers. One
+    that saves nothing within it is not there."""
     weights, bias = top_rule(len(rule.layers), rule.weights.shape[1])
     plain = dataclasses.replace(rule, weights=weights, bias=bias, kind=TOP)
     traced = trace(model, plain, validation)
     found = {}
     try:
-        best = calibrated(traced, *limits)
-        found[TOP] = _with(plain, best)
+        kept, best = choose(traced, limits, cost.layers)
+        found[TOP] = _with(with_checks(plain, kept), best)
     except ShortstackError:
         pass  # no such rule holds the loss
-    depth = depth_rule(traced, *limits)
-    if depth.saved > 0:
+    depth = depth_rule(traced, limits, cost.layers)
+    if depth.time_saved > 0:
         there = [rule.layers.index(int(depth.threshold))]
         always = with_checks(dataclasses.replace(plain, weights=weights * 0, kind=DEPTH), there)
         found[DEPTH] = _with(always, dataclasses.replace(depth, threshold=0.0))
@@ -192,14 +198,6 @@ def baselines(model: Any, rule: Rule, validation: States) -> dict[str, Rule]:
 def _with(rule: Rule, found: Outcome) -> Rule:
     facts = {**rule.facts, "validation": found.to_dict()}
     return dataclasses.replace(rule, threshold=found.threshold, facts=facts)
-
-
-def _used(traced: Traced, threshold: float) -> list[int]:
-    """Checks at which enough rows leave."""
-    leaves = traced.scores >= threshold
-    first = leaves.argmax(1)[leaves.any(1)]
-    shares = np.bincount(first, minlength=len(traced.layers)) / len(leaves)
-    return [int(check) for check in np.flatnonzero(shares >= LEAST_LEAVING)]
 
 
 def with_checks(rule: Rule, kept: Sequence[int]) -> Rule:
@@ -212,15 +210,6 @@ def with_checks(rule: Rule, kept: Sequence[int]) -> Rule:
         bias=rule.bias[at],
         probe=None if rule.probe is None else rule.probe[at],
         probe_bias=None if rule.probe_bias is None else rule.probe_bias[at],
-    )
-
-
-def _columns(traced: Traced, kept: Sequence[int]) -> Traced:
-    return dataclasses.replace(
-        traced,
-        scores=traced.scores[:, list(kept)],
-        chosen=traced.chosen[:, list(kept)],
-        layers=[traced.layers[at] for at in kept],
     )
 
 

@@ -75,5 +75,5 @@ def collect(
         logits[index, : found.shape[1]] = found
         done += len(index)
         progress(done, len(prompts))
-    answers = padded_answers([prompt.answers for prompt in prompts], "cpu")
+    answers = padded_answers([prompt.answers for prompt in prompts])
     return States(tuple(layers), hidden, logits, answers, torch.tensor([p.right for p in prompts]))

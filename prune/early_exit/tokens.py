@@ -19,7 +19,7 @@ from shortstack.early_exit.numbers import unit
 from shortstack.early_exit.rule import STATE, Rule
 from shortstack.early_exit.watched import Run, watched
 from shortstack.progress import OnProgress, silent
-from shortstack.prune.early_exit.calibrate import Traced, calibrated
+from shortstack.prune.early_exit.calibrate import Limits, Traced, calibrated
 from shortstack.prune.early_exit.classifier import fit_classifier
 
 HEAD_ROWS = 256
@@ -96,7 +96,7 @@ def fit_tokens(
         model_sha256=model_sha256,
         n_layers=n_layers,
     )
-    found = calibrated(_traced(model, rule, validation), max_changed)
+    found = calibrated(_traced(model, rule, validation), Limits(max_changed))
     facts = {"max_changed": max_changed, "validation": found.to_dict(), "fit_tokens": len(full)}
     return dataclasses.replace(rule, threshold=found.threshold, facts=facts)
 

@@ -22,6 +22,7 @@ from shortstack.progress import OnProgress
 from shortstack.prune.calibrate import choose_dtype
 from shortstack.prune.heal import state
 from shortstack.prune.heal.cache import TeacherCache
+from shortstack.prune.heal.interrupt import held_back
 from shortstack.prune.heal.model import Student, freeze
 from shortstack.prune.heal.order import mixed_seed, rows_of_step
 from shortstack.prune.heal.settings import HealSettings
@@ -64,6 +65,7 @@ class Loop:
         )
         self.position = state.Position()
         self.stopped: str | None = None
+        self._saved_step: int | None = None
         self._best: dict[str, Tensor] = {}
 
     def _module(
@@ -108,31 +110,55 @@ class Loop:
         return perplexity(nats) if math.isfinite(nats) else math.inf
 
     def train(self, progress: OnProgress, folder: Path | None, key: str) -> None:
-        """Run the steps that are left; states go to `folder`, from where a killed run goes on."""
-        began, at = time.perf_counter(), self.position
+        """Run the steps that are left; states go to `folder`, from where a killed run goes on.
+
+        Ctrl-C and SIGTERM wait for the end of a step and for its state, a second one does not;
+        then KeyboardInterrupt, as without a folder. A note says what is saved.
+        """
         if folder is not None:
             self._resume(folder, key)
-            at = self.position
+        self._saved_step = self.position.step or None
+        try:
+            self._train(progress, folder, key)
+        except KeyboardInterrupt:
+            self._note(self._interrupted())
+            raise
+
+    def _interrupted(self) -> str:
+        if self._saved_step is None:
+            return "interrupted: no state was saved yet, the same command begins again"
+        return f"interrupted: saved at step {self._saved_step}, the same command goes on from there"
+
+    def _train(self, progress: OnProgress, folder: Path | None, key: str) -> None:
+        began, at = time.perf_counter(), self.position
         earlier_s, saved_at = at.wall_s, time.perf_counter()
         if at.before is None:
             at.before = at.best = self.perplexity()
             at.history.append({"step": 0, "perplexity": at.before})
-        while at.step < self.settings.steps:
-            due = time.perf_counter() - saved_at > SAVE_EVERY_S
-            loss, due = self._step_or_halve(at.step, due)
-            if not math.isfinite(loss):
-                self.stopped = f"the loss of step {at.step + 1} is {loss}"
-                self._note(f"{self.stopped}: stopped, the best state before it is kept")
-                break
-            at.step += 1
-            at.recent.append(loss)
-            self._evaluate_if_due()
-            at.wall_s = earlier_s + time.perf_counter() - began
-            steps = self.settings.save_steps
-            if folder is not None and (at.step % steps == 0 if steps else due):
+        # of several processes one alone must not leave the others waiting for it
+        alone = self.accelerator.num_processes == 1
+        with held_back(folder is not None and alone) as asked:
+            while at.step < self.settings.steps and not asked.to_stop:
+                due = time.perf_counter() - saved_at > SAVE_EVERY_S
+                loss, due = self._step_or_halve(at.step, due)
+                if not math.isfinite(loss):
+                    self.stopped = f"the loss of step {at.step + 1} is {loss}"
+                    self._note(f"{self.stopped}: stopped, the best state before it is kept")
+                    break
+                at.step += 1
+                at.recent.append(loss)
+                self._evaluate_if_due()
+                at.wall_s = earlier_s + time.perf_counter() - began
+                steps = self.settings.save_steps
+                if folder is not None and (at.step % steps == 0 if steps else due):
+                    self._save(folder, key)
+                    saved_at = time.perf_counter()
+                progress(at.step, self.settings.steps)
+            unsaved = at.step != (self._saved_step or 0)
+            if asked.to_stop and folder is not None and unsaved and self.stopped is None:
                 self._save(folder, key)
-                saved_at = time.perf_counter()
-            progress(at.step, self.settings.steps)
+        if asked.to_stop:
+            raise KeyboardInterrupt
         at.wall_s = earlier_s + time.perf_counter() - began
 
     def restore_best(self) -> None:
@@ -254,6 +280,7 @@ class Loop:
         tensors.update({name: copies(self._moments(name)) for name in MOMENTS})
         if self.accelerator.is_main_process:
             state.save(folder, key, self.position, tensors)
+        self._saved_step = self.position.step
 
     def _resume(self, folder: Path, key: str) -> None:
         found = state.load(folder, key)

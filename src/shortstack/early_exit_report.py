@@ -22,12 +22,17 @@ def tables(data: Mapping[str, Any]) -> list[Table]:
     return [
         Table(
             f"{result['set']} (n = {result['n']}, chance {result['chance']:.3f}, "
-            f"majority {result['majority']:.3f})",
+            f"majority {result['majority']:.3f}{_cut(result)})",
             COLUMNS,
             tuple(_row(entry) for entry in result["rules"]),
         )
         for result in data["results"]
     ]
+
+
+def _cut(result: Mapping[str, Any]) -> str:
+    cut = result.get("cut_prompts")  # not in records of before
+    return f", {cut} prompts without their beginning" if cut else ""
 
 
 def _row(entry: Mapping[str, Any]) -> tuple[str, ...]:

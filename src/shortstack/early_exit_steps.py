@@ -19,7 +19,10 @@ from shortstack.run_folder import RunFolder
 
 RULE, SCORES = "early-exit/rule", "early-exit/scores"
 FILE = "early_exit.safetensors"
-SETTINGS = ("check", "classifier", "every", "first", "max_accuracy_loss", "max_changed")
+SETTINGS = (
+    *("check", "classifier", "every", "first", "max_accuracy_loss", "max_changed"),
+    "check_cost",
+)
 
 
 def check(recipe: Recipe) -> None:

@@ -60,6 +60,9 @@ class EarlyExitRecipe(Strict):
     classifier: str = "logistic"
     every: int = Field(2, ge=1)
     first: int = Field(2, ge=1)
+    check_cost: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="time of a check in layers; default: measured"
+    )
     answers: str = "auto"
     shots: int = Field(0, ge=0)
     rows: int | None = Field(None, ge=1, description="of a file, at most")

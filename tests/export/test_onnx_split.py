@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from tests.early_exits import ANSWERS, opened, prompts_of
 
 from shortstack.artifact import ExportSpec
@@ -23,7 +22,7 @@ from shortstack.export.onnx_split import split
 from shortstack.prune.early_exit.classifier import top_rule
 from shortstack.prune.early_exit.fit import features_of
 from shortstack.prune.early_exit.states import collect
-from shortstack.runtimes.ort_early_exit import OrtAnswerer, probability_features
+from shortstack.runtimes.ort_early_exit import OrtAnswerer
 from shortstack.runtimes.pytorch_early_exit import Answerer
 
 pytest.importorskip("onnxruntime")
@@ -81,14 +80,6 @@ def test_weights_lie_there_once(export: Path, cut: Path) -> None:
     assert (cut / "model.onnx.data").stat().st_size == (export / "model.onnx.data").stat().st_size
     graphs = sum(file.stat().st_size for file in cut.glob("segment-*.onnx"))
     assert graphs < 2 * (export / "model.onnx").stat().st_size
-
-
-def test_features_are_those_of_pytorch() -> None:
-    from shortstack.early_exit.numbers import probability_features as many
-
-    logits = np.array([0.3, 2.0, -1.0], np.float32)
-    wanted = many(torch.from_numpy(logits)[None])[0].numpy()
-    assert np.allclose(probability_features(logits), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize("cuts", [(), (0,), (6,), (4, 2)])

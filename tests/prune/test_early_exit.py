@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.early_exits import fitted, opened, prompts_of
+from tests.early_exits import ANSWERS, fitted, opened, prompts_of
 
 from shortstack.early_exit.numbers import probability_features, unit
 from shortstack.early_exit.rule import PROBE, Rule
 from shortstack.errors import SettingError, ShortstackError
-from shortstack.prune.early_exit.calibrate import Traced, calibrated, depth_rule, outcome
+from shortstack.prune.early_exit.calibrate import Limits, Traced, calibrated, depth_rule, outcome
 from shortstack.prune.early_exit.classifier import CLASSIFIERS, SURE, fit_classifier, top_rule
-from shortstack.prune.early_exit.fit import Settings, baselines, fit, trace, with_checks
+from shortstack.prune.early_exit.fit import Settings, fit, trace, with_checks
 from shortstack.prune.early_exit.probe import fit_probe
 from shortstack.prune.early_exit.states import collect
 
@@ -43,8 +43,8 @@ def test_rows_leave_at_the_first_check_that_holds() -> None:
 
 
 def test_the_threshold_saves_most_at_the_loss() -> None:
-    assert calibrated(traced(), 0.0).threshold == pytest.approx(0.8)
-    one = calibrated(traced(), 0.25)  # row 3 may be lost
+    assert calibrated(traced(), Limits(0.0)).threshold == pytest.approx(0.8)
+    one = calibrated(traced(), Limits(0.25))  # row 3 may be lost
     assert one.threshold == pytest.approx(0.5)
     assert one.loss == 0.25
 
@@ -54,22 +54,22 @@ def test_changed_answers_are_limited_where_losses_and_gains_cancel() -> None:
     cancelling = Traced(
         rows.scores, rows.chosen, rows.full, np.array([1, 1, 1, 0]), rows.layers, rows.n_layers
     )
-    assert calibrated(cancelling, 0.0).changed == 0.5  # one lost, one won
-    assert calibrated(cancelling, 0.0, max_changed=0.0).threshold == pytest.approx(0.8)
+    assert calibrated(cancelling, Limits(0.0)).changed == 0.5  # one lost, one won
+    assert calibrated(cancelling, Limits(0.0, changed=0.0)).threshold == pytest.approx(0.8)
 
 
 def test_a_loss_that_cannot_hold_says_the_best_that_is_possible() -> None:
     rows = traced()
     wrong = Traced(rows.scores, 1 - rows.chosen * 0, rows.full, rows.full, [2, 4], 8)
     with pytest.raises(ShortstackError, match=r"loses 0\.2500, changes 0\.2500 and saves 18\.8%"):
-        calibrated(wrong, 0.1)
+        calibrated(wrong, Limits(0.1))
 
 
 def test_the_depth_rule_takes_the_first_check_that_holds() -> None:
     rows = traced()
-    assert depth_rule(rows, 0.25).threshold == 4
-    assert depth_rule(rows, 0.5).threshold == 2
-    assert depth_rule(rows, 0.0).saved == 0.0
+    assert depth_rule(rows, Limits(0.25)).threshold == 4
+    assert depth_rule(rows, Limits(0.5)).threshold == 2
+    assert depth_rule(rows, Limits(0.0)).saved == 0.0
 
 
 def test_features_are_those_of_a_softmax() -> None:
@@ -134,14 +134,18 @@ def test_states_are_those_of_a_whole_pass(tiny: Path) -> None:
 def test_the_rule_holds_its_loss_on_its_validation_rows(tiny: Path, check: str) -> None:
     pytest.importorskip("sklearn")
     settings = Settings(check=check, every=1, first=1, max_accuracy_loss=0.1)
-    model, rule, _ = fitted(tiny, settings)
+    model, prompts = opened(tiny), prompts_of(tiny, 96)
+    # of all layers, though the rule may have dropped checks
+    tune, validation = (
+        collect(model, part, (1, 2, 3, 4, 5)) for part in (prompts[:32], prompts[32:64])
+    )
+    rule, others = fit(model, tune, validation, ANSWERS, settings, model_sha256="")
     found = rule.facts["validation"]
     assert found["loss"] <= 0.1
-    assert found["saved"] > 0
-    # of all layers, though the rule may have dropped checks
-    validation = collect(model, prompts_of(tiny, 96)[32:64], (1, 2, 3, 4, 5))
+    assert found["saved"] == found["time_saved"] > 0
     assert outcome(trace(model, rule, validation), rule.threshold).loss == found["loss"]
-    for other in baselines(model, rule, validation).values():
+    assert set(others) == {"top", "depth"}
+    for other in others.values():
         said = outcome(trace(model, other, validation), other.threshold)
         assert said.loss == other.facts["validation"]["loss"] <= 0.1
         assert said.saved == pytest.approx(other.facts["validation"]["saved"])
@@ -172,7 +176,10 @@ def test_too_few_rows_are_refused(tiny: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"check": "guess"}, {"classifier": "tree"}, {"every": 0}, {"max_accuracy_loss": 1.0}],
+    [
+        *({"check": "guess"}, {"classifier": "tree"}, {"every": 0}, {"max_accuracy_loss": 1.0}),
+        *({"check_cost": -0.1}, {"check_cost": float("nan")}, {"check_cost": float("inf")}),
+    ],
 )
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(SettingError):

@@ -46,6 +46,10 @@ def fit(
     ] = "logistic",
     every: Annotated[int, typer.Option(min=1, help="Layers between checks.")] = 2,
     first: Annotated[int, typer.Option(min=1, help="Layers before the first check.")] = 2,
+    check_cost: Annotated[
+        float | None,
+        typer.Option(help="Time of a check, in layers, as 0.25. Default: measured here."),
+    ] = None,
     answers: Annotated[str, typer.Option(help="words, letters, or auto.")] = "auto",
     shots: Annotated[int, typer.Option(min=0, help="Examples from tune before a prompt.")] = 0,
     rows: Annotated[int | None, typer.Option(min=1, help="Rows of a file, at most.")] = None,
@@ -67,6 +71,7 @@ def fit(
     settings = {
         **{"check": check, "classifier": classifier, "every": every, "first": first},
         **{"max_accuracy_loss": max_accuracy_loss, "max_changed": max_changed},
+        "check_cost": check_cost,
     }
     loading = Loading(context, threads or usable_cores(), device, dtype, batch_tokens)
     with naming_options():

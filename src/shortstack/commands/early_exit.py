@@ -13,8 +13,9 @@ from shortstack.commands.early_exit_eval import beside, open_model, prompt_limit
 from shortstack.commands.stages import opened
 from shortstack.early_exit.prompts import (
     Prompt,
-    Style,
     choose_style,
+    cut_note,
+    cut_prompts,
     encode,
     with_examples,
     without_examples,
@@ -66,7 +67,7 @@ def fit_exit(
     require(("torch", "transformers"), "prune", "fitting an early exit")
     require(("sklearn",), "exits", "fitting an early exit")
     from shortstack.evaluate.torch_scorer import check_loading
-    from shortstack.prune.early_exit.fit import Settings
+    from shortstack.prune.early_exit.fit import Settings, check_rows
 
     chosen = Settings(**settings)
     check_out(out)
@@ -77,9 +78,14 @@ def fit_exit(
         every = [question for part in parts.values() for question in part]
         style = with_examples(choose_style(codec, every, answers), parts["tune"], shots, seed)
         parts["tune"] = without_examples(style, parts["tune"])
+        check_rows({name: len(part) for name, part in parts.items()})
         length = prompt_limit(loading, context_tokens(checkpoint.config, windowed=True))
         prompts = {name: encode(codec, part, style, length) for name, part in parts.items()}
-        rule, others = _fit(checkpoint, prompts, style, chosen, loading, display)
+        cut = {name: cut_prompts(part) for name, part in prompts.items()}
+        for name in (name for name, count in cut.items() if count):
+            display.note(cut_note(f"the {name} rows", prompts[name], length))
+        told = {"style": style.to_dict(), "cut_prompts": cut}
+        rule, others = _fit(checkpoint, prompts, told, chosen, loading, display)
     write_rule(rule, out)
     for name, other in others.items():
         write_rule(other, beside(out, name))
@@ -123,14 +129,16 @@ def _parts(
 def _fit(
     checkpoint: Checkpoint,
     prompts: Mapping[str, Sequence[Prompt]],
-    style: Style,
+    told: Mapping[str, Any],
     settings: Settings,
     loading: Loading,
     display: Display,
 ) -> tuple[Rule, dict[str, Rule]]:
+    """`told`: what else the rules shall hold as facts."""
     import dataclasses
 
-    from shortstack.prune.early_exit.fit import baselines, fit
+    from shortstack.commands.early_exit_cost import check_cost
+    from shortstack.prune.early_exit.fit import fit
     from shortstack.prune.early_exit.states import collect
 
     model = open_model(checkpoint, loading)
@@ -141,13 +149,19 @@ def _fit(
             states[name] = collect(model, part, layers, loading.batch_tokens, progress)
     words = {prompt.words for part in prompts.values() for prompt in part}
     shared = words.pop() if len(words) == 1 else ()
+    with display.step("Time a check") as progress:
+        cost = check_cost(model, prompts["validation"], settings, progress)
     with display.step("Fit"):
-        rule = fit(
+        rule, others = fit(
             *(model, states["tune"], states["validation"], shared, settings),
             model_sha256=checkpoint.sha256,
+            cost=cost,
         )
-        rule = dataclasses.replace(rule, facts={**rule.facts, "style": style.to_dict()})
-        return rule, baselines(model, rule, states["validation"])
+
+    def telling(one: Rule) -> Rule:
+        return dataclasses.replace(one, facts={**one.facts, **told})
+
+    return telling(rule), {name: telling(other) for name, other in others.items()}
 
 
 def _said(rule: Rule, others: Mapping[str, Rule], out: Path) -> dict[str, Any]:
@@ -157,7 +171,9 @@ def _said(rule: Rule, others: Mapping[str, Rule], out: Path) -> dict[str, Any]:
         "check": rule.check,
         "checks": list(rule.layers),
         "of_layers": rule.n_layers,
+        "check_cost": rule.facts["check_cost"],
         "rows": rule.facts["rows"],
+        "cut_prompts": rule.facts["cut_prompts"],
         "validation": rule.facts["validation"],
         **{name: other.facts["validation"] for name, other in others.items()},
     }

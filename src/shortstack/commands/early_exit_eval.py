@@ -13,6 +13,8 @@ from shortstack.commands.stages import opened
 from shortstack.early_exit.prompts import (
     Prompt,
     Style,
+    cut_note,
+    cut_prompts,
     encode,
 )
 from shortstack.early_exit.rule_file import SUFFIX, check_model, read_rule
@@ -187,7 +189,10 @@ def _evaluated(
     results = []
     for file, rows in questions.items():
         prompts = encode(codec, rows, style, limit)
-        with display.step(f"{file.absolute().parent.name}/{file.name}") as progress:
+        name = f"{file.absolute().parent.name}/{file.name}"
+        if cut_prompts(prompts):
+            display.note(cut_note(name, prompts, limit))
+        with display.step(name) as progress:
             timed = answered(answerers, prompts, loading.batch_tokens, progress)
         results.append(
             compared(f"{file.absolute().parent.name}/{file.stem}", prompts, timed, n_layers)
@@ -260,6 +265,7 @@ def compared(
     return {
         "set": name,
         "n": len(prompts),
+        "cut_prompts": cut_prompts(prompts),
         "majority": metrics.majority(right),
         "chance": metrics.chance([len(prompt.answers) for prompt in prompts]),
         "rules": rows,

@@ -19,7 +19,8 @@ BATCH_TOKENS = {"cpu": 1, "cuda": 8192}
 @dataclass(frozen=True)
 class Batch:
     """`index`: where its prompts stand in the list that was cut; tokens (rows, length), filled up
-    at their right end, which a causal model never looks at; last: each row's last position."""
+    at their right end, which a causal model never looks at; last: each row's last position;
+    answers (rows, most), on the host, where they are read."""
 
     index: tuple[int, ...]
     tokens: Tensor
@@ -46,5 +47,5 @@ def _batch(prompts: Sequence[Prompt], index: Sequence[int], device: Any) -> Batc
     for row, ids in enumerate(rows):
         tokens[row, : len(ids)] = torch.tensor(ids)
     last = torch.tensor([len(ids) - 1 for ids in rows])
-    answers = padded_answers([prompts[at].answers for at in index], device)
+    answers = padded_answers([prompts[at].answers for at in index])
     return Batch(tuple(index), tokens.to(device), last.to(device), answers)

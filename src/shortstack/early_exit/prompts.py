@@ -27,6 +27,8 @@ class Prompt:
     right: int
     words: tuple[str, ...]
     """The answers as text."""
+    cut_tokens: int = 0
+    """At its beginning, as there was no room for them."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,11 @@ def without_examples(style: Style, questions: Sequence[Question]) -> tuple[Quest
 def encode(
     codec: Codec, questions: Sequence[Question], style: Style, max_tokens: int
 ) -> list[Prompt]:
-    """Raises ShortstackError for a question of more choices than there are letters, and where two
-    answers begin with the same token."""
+    """Of a prompt of more than `max_tokens` the last ones are kept, and it says how many were cut.
+
+    Raises ShortstackError for a question of more choices than there are letters, and where two
+    answers begin with the same token.
+    """
     made = []
     for question in questions:
         if len(question.choices) > len(ALPHABET):
@@ -141,5 +146,18 @@ def encode(
             )
         tokens = with_prefix(codec, style.examples + style.text(question))
         kept = tuple(tokens[-max_tokens:])
-        made.append(Prompt(question.id, kept, answers, question.answer, words))
+        cut_tokens = len(tokens) - len(kept)
+        made.append(Prompt(question.id, kept, answers, question.answer, words, cut_tokens))
     return made
+
+
+def cut_prompts(prompts: Sequence[Prompt]) -> int:
+    """How many of them lost their beginning."""
+    return sum(prompt.cut_tokens > 0 for prompt in prompts)
+
+
+def cut_note(name: str, prompts: Sequence[Prompt], max_tokens: int) -> str:
+    return (
+        f"{name}: {cut_prompts(prompts)} of {len(prompts)} prompts were cut to their last "
+        f"{max_tokens} tokens; a higher --context keeps more, as far as the model's own reaches"
+    )

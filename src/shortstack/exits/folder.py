@@ -47,6 +47,8 @@ class ExitFolder:
     sha256: str
     facts: Mapping[str, Any]
     """What training saw and gave: tokens, losses, settings."""
+    place: str = ""
+    """Where the base was, from `path`, as exits.json says; empty where it was named anew."""
 
     @property
     def has_layers(self) -> bool:
@@ -79,10 +81,7 @@ class ExitFolder:
         """The model that the exits stand on. Raises ShortstackError where it is another one, and
         where its shapes and the exits' differ."""
         if not (self.base / "config.json").is_file():
-            raise ShortstackError(
-                f"{self.path} belongs to a model at {self.base}, which is not there. Put it there, "
-                "or name its folder with --model of exits choose or exits export."
-            )
+            raise ShortstackError(self._without_base())
         base = Checkpoint.open(self.base)
         if base.sha256 != self.base_sha256:
             raise ShortstackError(
@@ -92,6 +91,16 @@ class ExitFolder:
             )
         self._check_tensors(base)
         return base
+
+    def _without_base(self) -> str:
+        if not self.place:
+            return f"{self.base} holds no model, which {self.path} needs. Name its folder."
+        return (
+            f"{self.path} belongs to a model that lay at {self.place} from there: at {self.base} "
+            "there is none. If the exits or the model were moved, move the other along, or put the "
+            f"model (or a link to it; its hash is {self.base_sha256[:12]}) there, or name its "
+            "folder with --model of exits choose or exits export."
+        )
 
     def names(self, base: Checkpoint, exit: int) -> Iterator[tuple[str, TensorRule]]:
         """(name in the file, rule of the family) of every tensor of an exit, the norm last."""
@@ -222,6 +231,7 @@ def read_exits(path: Path, model: Path | None = None) -> ExitFolder:
             init=data["init"],
             sha256=data["tensors_sha256"],
             facts=data["facts"],
+            place="" if model else data["base"]["path"],
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(file, one_line(f"{type(error).__name__} {error}", 120)) from None
@@ -272,7 +282,11 @@ def _listed(exits: Sequence[int]) -> str:
 
 
 def _base(path: Path, place: str) -> Path:
-    return path if (path / "config.json").is_file() else Path(os.path.normpath(path / place))
+    if (path / "config.json").is_file():
+        return path
+    near = Path(os.path.normpath(path / place))
+    # of a link to the folder, the place is counted from where it points to
+    return near if near.exists() else Path(os.path.normpath(path.resolve() / place))
 
 
 def _damaged(file: Path, why: str) -> ShortstackError:
