@@ -2,7 +2,8 @@
 
     python -m benchmarks.early_exit MODEL --data DIR --out OUT [--device cuda:0] [--dtype float32]
         [--sets finance/financial_phrasebank ...] [--checks answers probe] [--rows N]
-        [--tune-steps 500] [--every 2] [--loss 0.005] [--changed 0.03] [--single-rows 100] [--exit-loss 0.5] [--check-cost LAYERS]
+        [--tune-steps 500] [--every 2] [--loss 0.005] [--changed 0.03] [--single-rows 100]
+        [--exit-loss 0.5] [--check-cost LAYERS]
 
 DIR holds DOMAIN/SET/{train,validation,test}.jsonl[.gz] with questions. The model is first tuned on
 two thirds of all sets' train rows (`--tune-steps 0` takes it as it is: SmolLM2-135M answers most of
