@@ -73,7 +73,8 @@ class CpuDirectMatrix(CodedMatrix):
         if len(self._wide):
             high = whole[:, self.rows : self.rows + len(self._wide)]
             made.index_add_(1, self._wide, high.float(), alpha=16)
-        return made.mul_(self.steps).to(x.dtype)
+        # as nn.Linear's lie: attention rounds otherwise where its inputs lie otherwise
+        return made.mul_(self.steps).to(x.dtype, memory_format=torch.contiguous_format)
 
     def many(self, x: Tensor) -> Tensor:
         return self.few(x)
