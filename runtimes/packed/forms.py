@@ -23,9 +23,10 @@ FORMS = ("direct", "lean", "int8", "stream", PLAIN)
 `stream`."""
 OF_FLOATS = ("stream", PLAIN)
 OF_CODES = ("direct", "lean", "int8")
-DIRECT_BITS = 4.6
-"""Of a code in the file, above which `auto` on a card takes `int8`: of Gaussian codes of 4.63 bits
-`direct` is 0.87 of `int8` there, at 4.85 as large."""
+DIRECT_BITS = {"cpu": 4.25, "cuda": 4.6}
+"""Of a code in the file, above which `auto` takes `int8`: of Gaussian codes of 4.63 bits `direct`
+is 0.87 of `int8` on a card, at 4.85 as large; on the CPU at 4.2 0.80 to 0.86, from 4.35 on as
+large, and its products take two to four times as long."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def assigned(
     for name, slot in slots.items():
         wanted = head if slot.head and head != AUTO else form
         coded, entry = name in resident.coded, resident.tensors[name]
-        if wanted == AUTO and coded and on.type == "cuda" and code_bits(entry) > DIRECT_BITS:
+        if wanted == AUTO and coded and code_bits(entry) > DIRECT_BITS[on.type]:
             wanted = "int8"
         made[name] = _form(wanted, slot, coded, entry.columns, on)
     if form in OF_CODES and not resident.coded:

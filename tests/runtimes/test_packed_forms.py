@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -156,10 +157,11 @@ def test_a_fitted_plan_is_what_a_session_then_holds(packed: Path, tmp_path: Path
         fit(setting, memory_budget_mb=0.01, max_slowdown=None, points=0)
 
 
-def test_on_a_card_direct_is_not_taken_where_it_is_larger_than_int8(
-    packed: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_direct_is_not_taken_where_it_is_larger_than_int8(
+    packed: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    resident, card = Resident(packed), torch.device("cuda:0")
+    resident, on = Resident(packed), torch.device(kind)
     slots = {name: Slot(name, multiplied=True, head=False) for name in resident.coded}
     bits = {name: code_bits(resident.tensors[name]) for name in slots}
     name = max(bits, key=lambda one: bits[one])
@@ -167,12 +169,26 @@ def test_on_a_card_direct_is_not_taken_where_it_is_larger_than_int8(
     counts = np.unique(coded, return_counts=True)[1] / coded.size
     entropy = float(-(counts * np.log2(counts)).sum())
     assert entropy - 0.5 < bits[name] < 1.15 * entropy + 0.1
-    monkeypatch.setattr(forms, "DIRECT_BITS", bits[name] - 1e-6)
-    assert assigned(slots, resident, "auto", "auto", card)[name] == "int8"
-    assert assigned(slots, resident, "direct", "auto", card)[name] == "direct"
-    assert assigned(slots, resident, "auto", "auto", CPU)[name] != "int8"
-    monkeypatch.setattr(forms, "DIRECT_BITS", bits[name])
-    assert set(assigned(slots, resident, "auto", "auto", card).values()) == {"direct"}
+    monkeypatch.setitem(forms.DIRECT_BITS, kind, bits[name] - 1e-6)
+    assert assigned(slots, resident, "auto", "auto", on)[name] == "int8"
+    assert assigned(slots, resident, "direct", "auto", on)[name] == "direct"
+    monkeypatch.setitem(forms.DIRECT_BITS, kind, bits[name])
+    assert set(assigned(slots, resident, "auto", "auto", on).values()) == {"direct"}
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_codes_of_five_bits_are_smaller_as_int8(kind: str) -> None:
+    """And those of the limits are not."""
+    rng = np.random.default_rng(0)
+
+    def over_int8(bits: float) -> float:
+        spread = 2**bits / np.sqrt(2 * np.pi * np.e)  # of a Gaussian with that entropy, in steps
+        drawn = np.clip(np.rint(rng.normal(0, spread, (256, 1024))), -127, 127)
+        made = RowCodes(drawn.astype(np.int8), np.ones(256, np.float16))
+        held = CpuDirectMatrix if kind == "cpu" else partial(CardDirectMatrix, device=CPU)
+        return held(made, torch.bfloat16).n_bytes / Int8Matrix(made, torch.bfloat16, CPU).n_bytes
+
+    assert over_int8(5) > 1 > over_int8(forms.DIRECT_BITS[kind])
 
 
 def test_without_codes_there_is_nothing_to_fit(tiny: Path, tmp_path: Path) -> None:
