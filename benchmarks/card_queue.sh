@@ -58,7 +58,11 @@ sampled() { # wait for the card that samples text; fails where none does, or whe
   done
 }
 early_cpu() { # the model that the item early tuned, prompts one by one on cores of the host
-  until [ -e "$out/queue/early/exit" ]; do sleep 1; done
+  until [ -e "$out/queue/early/exit" ]; do
+    [ -d "$out/queue/early" ] || { echo "there is no tuned model: run the item early"; return 1; }
+    sleep 1
+  done
+  [ -d "$out/early/tuned" ] || { echo "the item early left no tuned model"; return 1; }
   mkdir -p "$out/early-cpu"
   ln -sfn "$out/early/tuned" "$out/early-cpu/tuned"
   python3 -m benchmarks.early_exit "$model" --data "$data" --out "$out/early-cpu" --device cpu --rows 120 --checks answers probe

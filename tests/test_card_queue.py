@@ -38,6 +38,14 @@ def test_what_needs_sampled_text_fails_where_there_is_none(tmp_path: Path, items
     assert "run the item sample" in (tmp_path / "log-balcony.txt").read_text()
 
 
+def test_what_needs_the_tuned_model_fails_where_there_is_none(tmp_path: Path) -> None:
+    assert "early-cpu: exit 1," in queue(tmp_path, "early-cpu", "exit 3")
+    assert "run the item early" in (tmp_path / "log-early-cpu.txt").read_text()
+    told = queue(tmp_path / "failed", "early early-cpu", "exit 3")
+    assert "early: exit 3," in told
+    assert "early-cpu: exit 1," in told
+
+
 def test_an_item_is_taken_once(tmp_path: Path) -> None:
     told = queue(tmp_path, "sample balcony", 'echo "$@"')
     assert [line.partition(", ")[0] for line in told.splitlines()] == [

@@ -27,7 +27,8 @@ def held_back(wanted: bool = True) -> Iterator[Asked]:
         yield asked
         return
     before = {one: signal.getsignal(one) for one in SIGNALS}
-    ours = {one: handler for one, handler in before.items() if handler is not None}  # not Python's
+    # None is not Python's; a shell's job in the background ignores Ctrl-C, which is another's
+    ours = {one: found for one, found in before.items() if found not in (None, signal.SIG_IGN)}
 
     def restore() -> None:
         for one, handler in ours.items():

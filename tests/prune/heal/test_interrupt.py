@@ -113,6 +113,15 @@ def test_only_the_first_signal_is_held_back() -> None:
     assert [signal.getsignal(one) for one in SIGNALS] == [interrupt, interrupt]
 
 
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As Ctrl-C is in a job that a script runs in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with held_back() as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert not asked.to_stop
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
 def test_in_another_thread_signals_are_left_alone() -> None:
     found: list[bool] = []
 
