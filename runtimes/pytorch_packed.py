@@ -68,10 +68,12 @@ class Packed:
         return model, self._facts(model, forms)
 
     def _facts(self, model: Any, forms: dict[str, str]) -> dict[str, Any]:
+        from shortstack.runtimes.packed.matrix import shared_bytes
+
         rest = sum(parameter.nbytes for parameter in model.parameters())
         held = sum(matrix.n_bytes for matrix in self.matrices.values())
         self.scratch.take(0)  # arrays are there from now on
-        buffers = self.ring.n_bytes + self.scratch.n_bytes
+        buffers = self.ring.n_bytes + self.scratch.n_bytes + shared_bytes(self.matrices.values())
         table = model.get_input_embeddings()
         head = model.get_output_embeddings()
         gathered = getattr(table, "matrix", None) or table.weight

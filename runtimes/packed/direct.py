@@ -57,6 +57,9 @@ class CpuDirectMatrix(CodedMatrix):
         held = [self.steps, self._wide, self._place, self._packed]
         self.n_bytes = sum(tensor.nbytes for tensor in held)
         self.n_bytes += 0 if self._rest is None else self._rest.n_bytes
+        if dtype != torch.float32:  # there weights are multiplied out
+            self.shared = {"units": self._units * 2 * dtype.itemsize}
+            self.shared |= {} if self._rest is None else self._rest.shared
 
     def few(self, x: Tensor) -> Tensor:
         """Sums are float32 and rounded once, but the kernel's own."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ class Matrix(ABC):
     buffered = False
     """Whether it is decoded into such buffers."""
 
+    shared: Mapping[str, int] = MappingProxyType({})
+    """Bytes of what it shares with others, by what that is: the largest of a model's is there."""
+
     form: str
     rows: int
     columns: int
@@ -41,6 +45,15 @@ class Matrix(ABC):
     @abstractmethod
     def gather(self, ids: Tensor) -> Tensor:
         """Rows `ids`, shape (n,): (n, columns)."""
+
+
+def shared_bytes(matrices: Iterable[Matrix]) -> int:
+    """What matrices share, each thing as large as the one that needs most of it."""
+    most: dict[str, int] = {}
+    for matrix in matrices:
+        for name, n_bytes in matrix.shared.items():
+            most[name] = max(most.get(name, 0), n_bytes)
+    return sum(most.values())
 
 
 @contextmanager

@@ -23,6 +23,7 @@ BLOCK_COLUMNS = 4096
 
 class Rest(Protocol):
     n_bytes: int
+    shared: dict[str, int]
 
     def multiply(self, x: Tensor) -> Tensor:
         """x, (m, columns), times the matrix of 16 h, transposed: a new float32 (m, rows)."""
@@ -76,6 +77,7 @@ class DirectRest:
         self._matrix: Tensor | None = None
         _Sixteens.reserve(len(self._entries))
         self.n_bytes = self._starts.nbytes + self._entries.nbytes
+        self.shared = {"sixteens": 4 * len(self._entries)}
 
     def multiply(self, x: Tensor) -> Tensor:
         if self._matrix is None:  # not before all matrices are read: the longest is known then
@@ -129,6 +131,7 @@ class LeanRest:
             starts = _starts(row, self._rows)
             self._blocks.append((first, starts, torch.from_numpy(made)))
         self.n_bytes = sum(starts.nbytes + made.nbytes for _, starts, made in self._blocks)
+        self.shared: dict[str, int] = {}  # what it writes into counts itself: Scratch
 
     def multiply(self, x: Tensor) -> Tensor:
         total: Tensor | None = None

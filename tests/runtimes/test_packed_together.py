@@ -96,6 +96,18 @@ def test_only_what_is_alike_is_joined(packed: Path) -> None:
     assert found(packed, without, torch.bfloat16) == [(QKV[0],), (QKV[1],), GATED]
 
 
+def test_what_matrices_share_counts_once(packed: Path) -> None:
+    with opened(packed, "direct") as direct, opened(packed, "int8") as int8:
+        matrices = direct.packed.matrices.values()
+        units = max(matrix.shared["units"] for matrix in matrices)
+        entries = max(matrix.shared.get("sixteens", 0) for matrix in matrices)
+        assert direct.info["buffer_bytes"] == units + entries > units > 0
+        assert int8.info["buffer_bytes"] == 0
+        direct.prefill(PROMPT)
+        largest = max(matrices, key=lambda matrix: matrix.shared["units"])
+        assert largest._scales.nbytes == units
+
+
 class Doubling(Matrix):
     """Two rows, the first and the last of four inputs, twice."""
 
