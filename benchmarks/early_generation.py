@@ -45,13 +45,8 @@ from shortstack.prune.early_exit.tokens import fit_tokens, token_states
 from shortstack.rows import read_rows
 from shortstack.runtimes.pytorch import PyTorchSession
 from shortstack.runtimes.pytorch_early_tokens import FILLS, EarlyTokenSession
-from shortstack.runtimes.pytorch_speculate import (
-    Drafter,
-    ExitDrafter,
-    SkipDrafter,
-    greedy,
-    speculate,
-)
+from shortstack.runtimes.pytorch_drafters import ExitDrafter, SkipDrafter
+from shortstack.runtimes.pytorch_speculate import Drafter, greedy, speculate
 
 PROMPT_TOKENS, WINDOW_TOKENS, CONTEXT = 32, 128, 512
 FIT_WINDOWS, SEARCH_WINDOWS, SEARCH_TRIALS = 48, 4, 120
