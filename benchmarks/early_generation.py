@@ -44,8 +44,8 @@ from shortstack.prune.early_exit.skip import choose_skip
 from shortstack.prune.early_exit.tokens import fit_tokens, token_states
 from shortstack.rows import read_rows
 from shortstack.runtimes.pytorch import PyTorchSession
-from shortstack.runtimes.pytorch_early_tokens import FILLS, EarlyTokenSession
 from shortstack.runtimes.pytorch_drafters import ExitDrafter, SkipDrafter
+from shortstack.runtimes.pytorch_early_tokens import FILLS, EarlyTokenSession
 from shortstack.runtimes.pytorch_speculate import Drafter, greedy, speculate
 
 PROMPT_TOKENS, WINDOW_TOKENS, CONTEXT = 32, 128, 512

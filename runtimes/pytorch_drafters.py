@@ -1,12 +1,19 @@
 """What drafts for self-speculation: a model without some of its layers, or its first layers and an
-exit. Both share the model's cache and cut it back to what was accepted."""
+exit. Both share the model's cache and cut it back to what was accepted.
+
+A head over all tokens is a large part of a draft: 8 of the 38 layers' worth that SmolLM2-135M has.
+Drafts may say the tokens of a `vocabulary` alone (FR-Spec, arXiv:2502.14856: those that are
+frequent in text), by their rows of the head; verification has them all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shortstack.early_exit.checks import ModelHead
@@ -14,10 +21,50 @@ from shortstack.early_exit.watched import Run, fill_cache, watched
 from shortstack.errors import ShortstackError
 
 
+class DraftHead:
+    """A model's head over `vocabulary`, whole numbers, or over all tokens.
+
+    Raises ShortstackError for an empty vocabulary and ids that the model has not.
+    """
+
+    def __init__(self, model: Any, vocabulary: Sequence[int] | NDArray[np.integer] | None) -> None:
+        self._head, self._ids = ModelHead(model), None
+        if vocabulary is not None:
+            self._ids = _checked(vocabulary, self._head.n_tokens).to(self._head.device)
+            self._head = self._head.only(self._ids)
+
+    def token(self, normed: Tensor) -> Tensor:
+        """The likeliest token, shape (1, 1), of what the last norm gave, (1, width)."""
+        best = self._head.logits(normed).argmax(-1, keepdim=True)
+        return best if self._ids is None else self._ids[best]
+
+
+def _checked(vocabulary: Sequence[int] | NDArray[np.integer], n_tokens: int) -> Tensor:
+    ids = np.unique(np.asarray(vocabulary))
+    if not len(ids) or not np.issubdtype(ids.dtype, np.integer):
+        raise ShortstackError(
+            "a vocabulary of drafts is a list of token ids, whole numbers, at least one. Count "
+            "those of a text with shortstack.prune.early_exit.frequent, or leave it out."
+        )
+    wrong = ids[(ids < 0) | (ids >= n_tokens)]
+    if len(wrong):
+        raise ShortstackError(
+            f"token {wrong[0]} of the vocabulary of drafts is none of the model's {n_tokens}. "
+            "Count tokens with this model's tokenizer."
+        )
+    return torch.from_numpy(ids.astype(np.int64))
+
+
 class SkipDrafter:
     """Drafts without the layers `skip`, of which the first cannot be one."""
 
-    def __init__(self, model: Any, skip: Collection[int]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        skip: Collection[int],
+        *,
+        vocabulary: Sequence[int] | NDArray[np.integer] | None = None,
+    ) -> None:
         check_cache(model)
         n_layers = len(model.get_decoder().layers)
         self._skip = frozenset(skip)
@@ -27,7 +74,7 @@ class SkipDrafter:
                 f"layer {wrong[0]} cannot be skipped in drafts: name layers from 1 to "
                 f"{n_layers - 1}."
             )
-        self._model, self._head = model, ModelHead(model)
+        self._model, self._head = model, DraftHead(model, vocabulary)
         self._cache: Any = None
         self._held = 0
 
@@ -40,8 +87,7 @@ class SkipDrafter:
         ids = [token]
         with watched(self._model, self._on_layer):
             for _ in range(count):
-                normed = _normed(self._model, ids[-1], self._cache)
-                ids.append(self._head.logits(normed).argmax(-1, keepdim=True))
+                ids.append(self._head.token(_normed(self._model, ids[-1], self._cache)))
         _shorten(self._cache.layers, self._held)
         return torch.cat(ids, 1)[:, 1:]
 
@@ -60,10 +106,16 @@ class ExitDrafter:
     """Drafts with the first `depth` layers and the exit behind them; `exits` are those of
     `shortstack.exits.model`. Verification runs the layers behind `depth` alone."""
 
-    def __init__(self, exits: Any, depth: int) -> None:
+    def __init__(
+        self,
+        exits: Any,
+        depth: int,
+        *,
+        vocabulary: Sequence[int] | NDArray[np.integer] | None = None,
+    ) -> None:
         check_cache(exits.model)
         self._exits, self._depth, self._model = exits, depth, exits.model
-        self._view, self._head = exits.at(depth), ModelHead(exits.model)
+        self._view, self._head = exits.at(depth), DraftHead(exits.model, vocabulary)
         self._slots: Any = None
         self._held = 0
         self._states: list[Tensor] = []
@@ -82,8 +134,7 @@ class ExitDrafter:
         self._states, ids = [], [token]
         with watched(self._view, self._on_layer):
             for _ in range(count):
-                normed = self._run(ids[-1], asked=True)
-                ids.append(self._head.logits(normed).argmax(-1, keepdim=True))
+                ids.append(self._head.token(self._run(ids[-1], asked=True)))
             # verification says what follows the last one, too
             self._run(ids[-1], asked=False)
         return torch.cat(ids, 1)[:, 1:]

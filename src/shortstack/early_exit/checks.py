@@ -6,6 +6,7 @@ device; what follows is too little work to be worth launching kernels for. The w
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,17 @@ class ModelHead:
         self._scale = 1 / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
         self._cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         self.device, self.dtype = output.weight.device, output.weight.dtype
+
+    def only(self, ids: Tensor) -> ModelHead:
+        """A head of these tokens' rows, a copy: its logits are of shape (rows, len(ids))."""
+        made = copy.copy(self)
+        made._weight = self._weight[ids.to(self.device)]
+        made._bias = None if self._bias is None else self._bias[ids.to(self.device)]
+        return made
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self._weight.shape[0])
 
     def normed(self, states: Tensor) -> Tensor:
         made: Tensor = self._norm(states)
