@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from shortstack.early_exit.checks import ModelHead
 from shortstack.early_exit.watched import Run, fill_cache, watched
@@ -32,6 +32,11 @@ class DraftHead:
         if vocabulary is not None:
             self._ids = _checked(vocabulary, self._head.n_tokens).to(self._head.device)
             self._head = self._head.only(self._ids)
+
+    @property
+    def output(self) -> nn.Module:
+        """The linear layer: the model's own, or one of some of its rows."""
+        return self._head.output
 
     def token(self, normed: Tensor) -> Tensor:
         """The likeliest token, shape (1, 1), of what the last norm gave, (1, width)."""
@@ -75,6 +80,7 @@ class SkipDrafter:
                 f"{n_layers - 1}."
             )
         self._model, self._head = model, DraftHead(model, vocabulary)
+        self.modules: tuple[nn.Module, ...] = (model, self._head.output)
         self._cache: Any = None
         self._held = 0
 
@@ -116,6 +122,7 @@ class ExitDrafter:
         check_cache(exits.model)
         self._exits, self._depth, self._model = exits, depth, exits.model
         self._view, self._head = exits.at(depth), DraftHead(exits.model, vocabulary)
+        self.modules: tuple[nn.Module, ...] = (self._model, self._view, self._head.output)
         self._slots: Any = None
         self._held = 0
         self._states: list[Tensor] = []

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from shortstack.early_exit.numbers import probability_features, scores, unit
@@ -28,6 +28,7 @@ class ModelHead:
     def __init__(self, model: Any) -> None:
         self._norm = model.get_decoder().norm
         output, config = model.get_output_embeddings(), model.config.get_text_config()
+        self.output: nn.Module = output
         self._weight, self._bias = output.weight, output.bias
         self._scale = 1 / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
         self._cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
@@ -35,9 +36,13 @@ class ModelHead:
 
     def only(self, ids: Tensor) -> ModelHead:
         """A head of these tokens' rows, a copy: its logits are of shape (rows, len(ids))."""
-        made = copy.copy(self)
-        made._weight = self._weight[ids.to(self.device)]
-        made._bias = None if self._bias is None else self._bias[ids.to(self.device)]
+        made, ids = copy.copy(self), ids.to(self.device)
+        made._weight = self._weight.detach()[ids]
+        made._bias = None if self._bias is None else self._bias.detach()[ids]
+        made.output = nn.Linear(*made._weight.shape[::-1], bias=False, device="meta")
+        made.output.weight = nn.Parameter(made._weight, requires_grad=False)
+        if made._bias is not None:
+            made.output.bias = nn.Parameter(made._bias, requires_grad=False)
         return made
 
     @property
@@ -71,7 +76,7 @@ class ModelHead:
         return self._shaped(logits).masked_fill(absent, -torch.inf)
 
     def logits(self, normed: Tensor) -> Tensor:
-        return self._shaped(functional.linear(normed, self._weight, self._bias))
+        return self._shaped(self.output(normed))
 
     def _shaped(self, logits: Tensor) -> Tensor:
         logits = logits.float() * self._scale if self._scale != 1 else logits.float()
