@@ -20,31 +20,69 @@ from shortstack.early_exit.checks import ModelHead
 from shortstack.early_exit.watched import Run, fill_cache, watched
 from shortstack.errors import ShortstackError
 
+Vocabulary = Sequence[int] | NDArray[np.integer]
+
 
 class DraftHead:
-    """A model's head over `vocabulary`, whole numbers, or over all tokens.
+    """A model's head over `vocabulary`, whole numbers, and what was said before, or over all.
 
-    Raises ShortstackError for an empty vocabulary and ids that the model has not.
+    It is not sure of a token whose probability, among those it may say, is below
+    `least_probability`. Raises ShortstackError for an empty vocabulary, ids that the model has not,
+    and what is no probability.
     """
 
-    def __init__(self, model: Any, vocabulary: Sequence[int] | NDArray[np.integer] | None) -> None:
-        self._head, self._ids = ModelHead(model), None
+    def __init__(
+        self, model: Any, vocabulary: Vocabulary | None, least_probability: float = 0.0
+    ) -> None:
+        if not 0 <= least_probability < 1:
+            raise ShortstackError(
+                f"{least_probability} is no probability below which drafts end. Name one from 0 "
+                "to less than 1."
+            )
+        self._least = least_probability
+        self._whole = self._cut = ModelHead(model)
+        self._ids: Tensor | None = None
         if vocabulary is not None:
-            self._ids = _checked(vocabulary, self._head.n_tokens).to(self._head.device)
-            self._head = self._head.only(self._ids)
+            self._own = _checked(vocabulary, self._whole.n_tokens).to(self._whole.device)
+            self._cut = self._whole.only(self._own)
+            self.start(self._own[None, :0])
 
     @property
     def output(self) -> nn.Module:
         """The linear layer: the model's own, or one of some of its rows."""
-        return self._head.output
+        return self._cut.output
 
-    def token(self, normed: Tensor) -> Tensor:
-        """The likeliest token, shape (1, 1), of what the last norm gave, (1, width)."""
-        best = self._head.logits(normed).argmax(-1, keepdim=True)
+    def start(self, prompt: Tensor) -> None:
+        """Text begins: forget what was said, hear ids (1, n)."""
+        if self._cut is not self._whole:
+            self._ids, self._known = self._own, set(self._own.tolist())
+            self.hear(prompt)
+
+    def hear(self, ids: Tensor) -> None:
+        """These ids, (1, n), may be said again: names are rare in text and frequent in one."""
+        if self._ids is not None:
+            new = sorted(set(ids[0].tolist()) - self._known)
+            if new:
+                self._known.update(new)
+                self._ids = torch.cat([self._ids, self._ids.new_tensor(new)])
+
+    def token(self, normed: Tensor) -> Tensor | None:
+        """The likeliest token, shape (1, 1), of what the last norm gave, (1, width); None where
+        it is not sure."""
+        logits = self._cut.logits(normed)
+        if self._ids is not None and len(self._ids) > len(self._own):
+            heard = self._whole.of(self._ids[len(self._own) :], normed)
+            logits = torch.cat([logits, heard], 1)
+        best = logits.argmax(-1, keepdim=True)
+        if (
+            self._least
+            and float((logits.gather(1, best) - logits.logsumexp(1)).exp()) < self._least
+        ):
+            return None
         return best if self._ids is None else self._ids[best]
 
 
-def _checked(vocabulary: Sequence[int] | NDArray[np.integer], n_tokens: int) -> Tensor:
+def _checked(vocabulary: Vocabulary, n_tokens: int) -> Tensor:
     ids = np.unique(np.asarray(vocabulary))
     if not len(ids) or not np.issubdtype(ids.dtype, np.integer):
         raise ShortstackError(
@@ -68,7 +106,8 @@ class SkipDrafter:
         model: Any,
         skip: Collection[int],
         *,
-        vocabulary: Sequence[int] | NDArray[np.integer] | None = None,
+        vocabulary: Vocabulary | None = None,
+        least_probability: float = 0.0,
     ) -> None:
         check_cache(model)
         n_layers = len(model.get_decoder().layers)
@@ -79,21 +118,26 @@ class SkipDrafter:
                 f"layer {wrong[0]} cannot be skipped in drafts: name layers from 1 to "
                 f"{n_layers - 1}."
             )
-        self._model, self._head = model, DraftHead(model, vocabulary)
+        self._model, self._head = model, DraftHead(model, vocabulary, least_probability)
         self.modules: tuple[nn.Module, ...] = (model, self._head.output)
         self._cache: Any = None
         self._held = 0
 
     def start(self, prompt: Tensor) -> Tensor:
+        self._head.start(prompt)
         self._cache = new_cache(self._model)
         self._held = prompt.shape[1]
         return logits_of(self._model, prompt, self._cache)[-1]
 
     def draft(self, token: Tensor, count: int) -> Tensor:
+        self._head.hear(token)
         ids = [token]
         with watched(self._model, self._on_layer):
-            for _ in range(count):
-                ids.append(self._head.token(_normed(self._model, ids[-1], self._cache)))
+            while len(ids) <= count:
+                found = self._head.token(_normed(self._model, ids[-1], self._cache))
+                if found is None:
+                    break
+                ids.append(found)
         _shorten(self._cache.layers, self._held)
         return torch.cat(ids, 1)[:, 1:]
 
@@ -117,11 +161,13 @@ class ExitDrafter:
         exits: Any,
         depth: int,
         *,
-        vocabulary: Sequence[int] | NDArray[np.integer] | None = None,
+        vocabulary: Vocabulary | None = None,
+        least_probability: float = 0.0,
     ) -> None:
         check_cache(exits.model)
         self._exits, self._depth, self._model = exits, depth, exits.model
-        self._view, self._head = exits.at(depth), DraftHead(exits.model, vocabulary)
+        self._view = exits.at(depth)
+        self._head = DraftHead(exits.model, vocabulary, least_probability)
         self.modules: tuple[nn.Module, ...] = (self._model, self._view, self._head.output)
         self._slots: Any = None
         self._held = 0
@@ -129,6 +175,7 @@ class ExitDrafter:
         self._asked = self._verifying = False
 
     def start(self, prompt: Tensor) -> Tensor:
+        self._head.start(prompt)
         self._slots = self._exits.new_slots()
         self._held, self._states = 0, []
         with watched(self._view, self._on_layer):
@@ -138,12 +185,17 @@ class ExitDrafter:
         return found
 
     def draft(self, token: Tensor, count: int) -> Tensor:
+        self._head.hear(token)
         self._states, ids = [], [token]
         with watched(self._view, self._on_layer):
-            for _ in range(count):
-                ids.append(self._head.token(self._run(ids[-1], asked=True)))
-            # verification says what follows the last one, too
-            self._run(ids[-1], asked=False)
+            while len(ids) <= count:
+                found = self._head.token(self._run(ids[-1], asked=True))
+                if found is None:
+                    break
+                ids.append(found)
+            else:
+                # verification says what follows the last one, too
+                self._run(ids[-1], asked=False)
         return torch.cat(ids, 1)[:, 1:]
 
     def _run(self, ids: Tensor, *, asked: bool) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tests import zoo
 from tests.early_exits import opened, prompts_of
 
@@ -21,13 +22,15 @@ exit_model = pytest.importorskip("shortstack.exits.model")
 TOKENS = 25
 
 
-def perfect_exit(model: Any, folder: Path, vocabulary: Any) -> Drafter:
+def perfect_exit(model: Any, folder: Path, vocabulary: Any, **more: Any) -> Drafter:
     tensors = exit_model.base_tensors(model, Checkpoint.open(folder))
-    return ExitDrafter(exit_model.with_tensors(model, {5: tensors}), 5, vocabulary=vocabulary)
+    return ExitDrafter(
+        exit_model.with_tensors(model, {5: tensors}), 5, vocabulary=vocabulary, **more
+    )
 
 
-def nothing_skipped(model: Any, folder: Path, vocabulary: Any) -> Drafter:
-    return SkipDrafter(model, (), vocabulary=vocabulary)
+def nothing_skipped(model: Any, folder: Path, vocabulary: Any, **more: Any) -> Drafter:
+    return SkipDrafter(model, (), vocabulary=vocabulary, **more)
 
 
 @pytest.mark.parametrize("drafter_of", [perfect_exit, nothing_skipped])
@@ -42,6 +45,50 @@ def test_a_draft_says_what_it_may(tiny: Path, drafter_of: Callable[..., Drafter]
     assert found.tokens == wanted
     assert found.accepted < found.drafted
     assert found.drafted - found.accepted <= wanted.count(rare)
+
+
+@pytest.mark.parametrize("drafter_of", [perfect_exit, nothing_skipped])
+def test_what_was_said_may_be_said_again(tiny: Path, drafter_of: Callable[..., Drafter]) -> None:
+    """A vocabulary of one token that is never said: drafts know the prompt's and the output's."""
+    model, prompt = opened(tiny), prompts_of(tiny, 1)[0].tokens
+    wanted = greedy(model, prompt, TOKENS, "cpu")
+    never = next(t for t in range(model.vocab_size) if t not in {*prompt, *wanted})
+    known, drafted, accepted, at = {never, *prompt}, 0, 0, 0
+    while at + 1 < TOKENS:
+        known.add(wanted[at])
+        asked = at + 2 < TOKENS  # the last token needs no draft
+        right = asked and wanted[at + 1] in known
+        drafted, accepted, at = drafted + asked, accepted + right, at + 1 + right
+    drafter = drafter_of(model, tiny, [never])
+    for _ in range(2):  # a new text begins with what it knows
+        found = speculate(drafter, prompt, TOKENS, 1, "cpu")
+        assert found.tokens == wanted
+        assert (found.drafted, found.accepted) == (drafted, accepted)
+    assert 0 < accepted < drafted
+
+
+@pytest.mark.parametrize("drafter_of", [perfect_exit, nothing_skipped])
+def test_drafts_end_before_a_token_that_is_not_sure(
+    tiny: Path, drafter_of: Callable[..., Drafter]
+) -> None:
+    model, prompt = opened(tiny), prompts_of(tiny, 1)[0].tokens
+    ids = torch.tensor([[*prompt, *greedy(model, prompt, TOKENS, "cpu")]])
+    with torch.inference_mode():
+        said = model(input_ids=ids).logits[0, len(prompt) : -2].softmax(-1).amax(-1)
+    least = float(said.sort().values[[9, 10]].mean())
+    found = speculate(
+        drafter_of(model, tiny, None, least_probability=least), prompt, TOKENS, 1, "cpu"
+    )
+    assert found.accepted == found.drafted  # it is the whole model
+    assert found.passes == TOKENS - 1 - found.drafted
+    assert found.tokens == greedy(model, prompt, TOKENS, "cpu")
+    assert 0 < found.drafted < 12
+
+
+@pytest.mark.parametrize("least", [-0.1, 1.0])
+def test_what_is_no_probability_is_refused(tiny: Path, least: float) -> None:
+    with pytest.raises(ShortstackError, match="is no probability below which drafts end"):
+        SkipDrafter(opened(tiny), (), least_probability=least)
 
 
 @pytest.mark.parametrize("family", ["gemma", "granite"])

@@ -39,11 +39,18 @@ class ModelHead:
         made, ids = copy.copy(self), ids.to(self.device)
         made._weight = self._weight.detach()[ids]
         made._bias = None if self._bias is None else self._bias.detach()[ids]
-        made.output = nn.Linear(*made._weight.shape[::-1], bias=False, device="meta")
+        made.output = nn.Linear(
+            made._weight.shape[1], len(ids), made._bias is not None, device="meta"
+        )
         made.output.weight = nn.Parameter(made._weight, requires_grad=False)
         if made._bias is not None:
             made.output.bias = nn.Parameter(made._bias, requires_grad=False)
         return made
+
+    def of(self, ids: Tensor, normed: Tensor) -> Tensor:
+        """Logits of these tokens alone, shape (rows, len(ids))."""
+        bias = None if self._bias is None else self._bias[ids]
+        return self._shaped(functional.linear(normed, self._weight[ids], bias))
 
     @property
     def n_tokens(self) -> int:
