@@ -145,6 +145,8 @@ def held(
             said[run].append(once(run, prompt, args.tokens))
             wall[run].append(time.perf_counter() - begun[0])
             cpu[run].append(time.process_time() - begun[1])
+        if number % 20 == 19:
+            print(f"{number + 1} of {len(prompts)} prompts", flush=True)
     wanted = said.pop((GREEDY, 0))
     rows = []
     for run in drafts:
