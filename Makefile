@@ -22,7 +22,8 @@ OPTIMUM_TESTS := tests/export/test_onnx_optimum.py tests/test_spellings.py \
 	tests/prune/test_early_exit.py tests/prune/test_skip.py tests/test_exits.py \
 	tests/test_exits_edges.py tests/runtimes/test_pytorch_exits.py \
 	tests/runtimes/test_pytorch_early_exit.py tests/runtimes/test_pytorch_early_tokens.py \
-	tests/runtimes/test_pytorch_speculate.py tests/runtimes/test_pytorch_speculate_exits.py
+	tests/runtimes/test_pytorch_speculate.py tests/runtimes/test_pytorch_speculate_exits.py \
+	tests/runtimes/test_pytorch_speculate_vocabulary.py
 
 # llama.cpp compiled with AMX crashes on CPUs that have it for any batch above one token (gcc 12):
 # leave AMX out, keep AVX-512. Compilers that do not know the flags (Arm) get none.

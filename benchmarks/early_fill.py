@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.early_generation import texts, windows
+from benchmarks.early_text import texts, windows
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.early_exit.rule import STATE, Rule

@@ -2,16 +2,19 @@
 
     python -m benchmarks.early_generation MODEL --data DIR --out OUT [--device cuda:0]
         [--dtype float32] [--part exit speculate] [--prompts 200] [--tokens 64] [--exits FOLDER]
-        [--skip 4 8 12] [--draft 2 4 6]
+        [--skip 4 8 12] [--draft 2 4 6] [--vocabulary 8192] [--reorder] [--split validation]
 
 `exit` (perplexity of WikiText-2 read token by token, LAMBADA's last words, and continuations held
 against the whole model's): the rule is fitted to tokens of tinyshakespeare and the validation
 articles' first half, its threshold to the second half; tested on test articles. The rows "state",
 "zeros" and "none" differ in what layers behind an exit keep of a token.
 
-`speculate`: prompts are beginnings of test articles and LAMBADA passages; layers to skip are chosen
-on text that the model wrote after validation beginnings. `--exits` adds drafts through the exits of
-`shortstack exits train`. Every output is held against the whole model's own greedy tokens.
+`speculate` (benchmarks.speculation): prompts are beginnings of test articles and LAMBADA passages;
+layers to skip are chosen on text that the model wrote after validation beginnings. `--exits` adds
+drafts through the exits of `shortstack exits train`; `--vocabulary`: drafts say these many tokens,
+counted in validation articles and train rows; `--reorder`: all multiply in oneDNN's order. With
+`--split validation` the articles' second half is continued and the first half chooses: for tuning.
+Every output is held against the whole model's own greedy tokens.
 """
 
 from __future__ import annotations
@@ -22,57 +25,29 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.sets import file_of
+from benchmarks.early_text import PROMPT_TOKENS, WINDOW_TOKENS, texts, windows
+from benchmarks.speculation import SPECULATE_HEAD, add_options, speculate_line, speculate_part
 
 from shortstack.checkpoint import Checkpoint
 from shortstack.early_exit.rule import Rule
 from shortstack.early_exit.rule_file import write_rule
 from shortstack.errors import ShortstackError
 from shortstack.evaluate import generation, metrics
-from shortstack.evaluate.codec import FolderCodec, with_prefix
+from shortstack.evaluate.codec import FolderCodec
 from shortstack.evaluate.session_scorer import SessionScorer
 from shortstack.evaluate.sets import SetSpec
 from shortstack.pretrained import load
 from shortstack.progress import silent
-from shortstack.prune.early_exit.skip import choose_skip
 from shortstack.prune.early_exit.tokens import fit_tokens, token_states
-from shortstack.rows import read_rows
 from shortstack.runtimes.pytorch import PyTorchSession
 from shortstack.runtimes.pytorch_early_tokens import FILLS, EarlyTokenSession
-from shortstack.runtimes.pytorch_speculate import (
-    Drafter,
-    ExitDrafter,
-    SkipDrafter,
-    greedy,
-    speculate,
-)
 
-PROMPT_TOKENS, WINDOW_TOKENS, CONTEXT = 32, 128, 512
-FIT_WINDOWS, SEARCH_WINDOWS, SEARCH_TRIALS = 48, 4, 120
-
-
-def texts(data: Path, name: str, split: str) -> list[str]:
-    rows = read_rows(file_of(data, name, split))
-    return [str(row["text"]) for _, row in rows if str(row.get("text", "")).strip()]
-
-
-def windows(
-    codec: FolderCodec, documents: Sequence[str], length: int, most: int
-) -> list[list[int]]:
-    """Windows of one length, the same number from the beginning of each document first."""
-    per_document = [with_prefix(codec, text) for text in documents]
-    found: list[list[int]] = []
-    for start in range(0, max(map(len, per_document)), length):
-        for ids in per_document:
-            if len(ids) >= start + length and len(found) < most:
-                found.append(ids[start : start + length])
-    return found
+CONTEXT, FIT_WINDOWS = 512, 48
 
 
 def session_of(args: argparse.Namespace, rule: Rule | None, fill: str) -> PyTorchSession:
@@ -265,87 +240,6 @@ def exit_line(row: dict[str, Any]) -> str:
     )
 
 
-def speculate_part(model: Any, codec: FolderCodec, args: argparse.Namespace) -> dict[str, Any]:
-    own = texts(args.data, "general/wikitext2", "validation")
-    beginnings = windows(codec, own, PROMPT_TOKENS, SEARCH_WINDOWS)
-    written = [
-        [*prompt, *greedy(model, prompt, WINDOW_TOKENS, args.device)] for prompt in beginnings
-    ]
-    half = args.prompts // 2
-    prompts = windows(codec, texts(args.data, "general/wikitext2", "test"), PROMPT_TOKENS, half)
-    passages = texts(args.data, "general/lambada", "test")
-    prompts += [
-        with_prefix(codec, text)[:PROMPT_TOKENS] for text in passages[: args.prompts - half]
-    ]
-    drafters: dict[str, Drafter] = {}
-    for count in args.skip:
-        choice = choose_skip(model, written, count, trials=args.trials)
-        title = f"without {count} layers ({', '.join(map(str, choice.skip))})"
-        print(f"{title}: agreement {choice.agreement:.3f}", flush=True)
-        drafters[title] = SkipDrafter(model, choice.skip)
-    if args.exits:
-        exits = import_module("shortstack.exits.model").open_exits(args.exits, model)
-        drafters |= {
-            f"exit after {depth} layers": ExitDrafter(exits, depth) for depth in exits.depths[:-1]
-        }
-    rows = []
-    for title, drafter in drafters.items():
-        for length in args.draft:
-            row = {"draft": title, "length": length} | held(model, drafter, prompts, length, args)
-            rows.append(row)
-            print(speculate_line(row), flush=True)
-    return {"rows": rows, "prompts": len(prompts), "tokens": args.tokens}
-
-
-def held(
-    model: Any,
-    drafter: Drafter,
-    prompts: Sequence[Sequence[int]],
-    length: int,
-    args: argparse.Namespace,
-) -> dict[str, Any]:
-    """Both ways on every prompt, one after the other in turns."""
-    speculate(drafter, prompts[0], 8, length, args.device)
-    seconds: dict[str, list[float]] = {"greedy": [], "speculated": []}
-    found, same = [], 0
-    for number, prompt in enumerate(prompts):
-        outcome: dict[str, Any] = {}
-        for name in ("greedy", "speculated") if number % 2 else ("speculated", "greedy"):
-            begun = time.perf_counter()
-            if name == "greedy":
-                outcome[name] = greedy(model, prompt, args.tokens, args.device)
-            else:
-                outcome[name] = speculate(drafter, prompt, args.tokens, length, args.device)
-            seconds[name].append(time.perf_counter() - begun)
-        found.append(outcome["speculated"])
-        same += outcome["greedy"] == outcome["speculated"].tokens
-    plain, ours = np.array(seconds["greedy"]), np.array(seconds["speculated"])
-    speed = metrics.bootstrap(lambda at: float(plain[at].sum() / ours[at].sum()), len(plain))
-    return {
-        "same": same,
-        "n": len(prompts),
-        "accepted": sum(one.accepted for one in found) / sum(one.drafted for one in found),
-        "tokens_a_pass": args.tokens * len(found) / sum(one.passes + 1 for one in found),
-        "least_margin": min(one.least_margin for one in found),
-        "speed": speed.to_dict(),
-    }
-
-
-SPECULATE_HEAD = (
-    "| draft | length | same output | accepted | tokens a pass | least margin | speed |\n"
-    "|---|---:|---:|---:|---:|---:|---:|"
-)
-
-
-def speculate_line(row: dict[str, Any]) -> str:
-    speed = row["speed"]
-    return (
-        f"| {row['draft']} | {row['length']} | {row['same']} of {row['n']} | "
-        f"{row['accepted']:.2f} | {row['tokens_a_pass']:.2f} | {row['least_margin']:.1e} | "
-        f"{speed['estimate']:.2f} ({speed['low']:.2f} to {speed['high']:.2f}) |"
-    )
-
-
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
@@ -362,11 +256,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--continuations", type=int, default=16)
     parser.add_argument("--lambada", type=int, default=60)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--skip", type=int, nargs="+", default=[4, 8])
-    parser.add_argument("--draft", type=int, nargs="+", default=[3])
-    parser.add_argument("--trials", type=int, default=SEARCH_TRIALS)
-    parser.add_argument("--exits", type=Path)
+    add_options(parser)
     return parser.parse_args()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from shortstack.early_exit.numbers import probability_features, scores, unit
@@ -38,6 +38,7 @@ class ModelHead:
     def __init__(self, model: Any) -> None:
         self._norm = model.get_decoder().norm
         output, config = model.get_output_embeddings(), model.config.get_text_config()
+        self.output: nn.Module = output
         self._weight, self._bias = output.weight, output.bias
         self._scale = 1 / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
         self._cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
@@ -46,6 +47,28 @@ class ModelHead:
         self._host_norm = copy.deepcopy(self._norm).to("cpu") if there else self._norm
         self._known: tuple[tuple[int, ...], ...] = ()
         self._rows: AnswerRows | None = None
+
+    def only(self, ids: Tensor) -> ModelHead:
+        """A head of these tokens' rows, a copy: its logits are of shape (rows, len(ids))."""
+        made, ids = copy.copy(self), ids.to(self.device)
+        made._weight = self._weight.detach()[ids]
+        made._bias = None if self._bias is None else self._bias.detach()[ids]
+        made.output = nn.Linear(
+            made._weight.shape[1], len(ids), made._bias is not None, device="meta"
+        )
+        made.output.weight = nn.Parameter(made._weight, requires_grad=False)
+        if made._bias is not None:
+            made.output.bias = nn.Parameter(made._bias, requires_grad=False)
+        return made
+
+    def of(self, ids: Tensor, normed: Tensor) -> Tensor:
+        """Logits of these tokens alone, shape (rows, len(ids))."""
+        bias = None if self._bias is None else self._bias[ids]
+        return self._shaped(functional.linear(normed, self._weight[ids], bias))
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self._weight.shape[0])
 
     def normed(self, states: Tensor) -> Tensor:
         made: Tensor = self._norm(states)
@@ -85,7 +108,7 @@ class ModelHead:
         return logits if absent is None else logits.masked_fill(absent, -torch.inf)
 
     def logits(self, normed: Tensor) -> Tensor:
-        return self._shaped(functional.linear(normed, self._weight, self._bias))
+        return self._shaped(self.output(normed))
 
     def _shaped(self, logits: Tensor) -> Tensor:
         logits = logits.float() * self._scale if self._scale != 1 else logits.float()
