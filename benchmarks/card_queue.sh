@@ -93,6 +93,7 @@ item() {
       beside "$out/small/onnx-fp16" "$out/small/onnx-int4" --json "$out/genai.json" >"$out/genai.md" ;;
     tests) python3 -m shortstack doctor; python3 -m pytest -q -p no:cacheprovider -W "ignore:invalid escape sequence" \
       -W 'ignore:`torch.jit:DeprecationWarning' tests/runtimes/test_packed_card.py tests/runtimes/test_pytorch_card.py \
+      tests/runtimes/test_early_exit_checks.py \
       tests/runtimes/test_ort_card.py tests/devices/test_real_card.py tests/devices/test_roofline_ceilings.py ;;
     kernels) python3 -m benchmarks.direct_kernels --shapes 12288x4096 4096x4096 22016x4096 4096x11008 --json "$out/kernels.json" ;;
     packed) python3 -m benchmarks.packed_memory --device cuda:0 --shape 7b --nvcomp -o "$out/packed" ;;

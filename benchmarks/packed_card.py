@@ -85,11 +85,11 @@ class Synthetic:
             steps = torch.full((rows,), STEP, device=device)
             made: Any = CardDirectMatrix if self._is_direct(name) else Int8Matrix
             matrix = self.matrices[name] = made.of(codes, steps, kind)
-            above, _, last = name.removesuffix(".weight").rpartition(".")
+            place = name.removesuffix(".weight")
             if type(members[0]) is nn.Embedding:
-                setattr(model.get_submodule(above), last, PackedEmbedding(matrix, None))
+                model.set_submodule(place, PackedEmbedding(matrix, None))
             elif len(names) == 1:
-                setattr(model.get_submodule(above), last, PackedLinear(matrix, None))
+                model.set_submodule(place, PackedLinear(matrix, None))
             else:
                 put_together(model, matrix, names)
 

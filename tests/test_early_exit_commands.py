@@ -27,6 +27,11 @@ from shortstack.questions import Question
 pytest.importorskip("sklearn")
 
 
+def eval_command(model: Path, test: str | Path, rule: Path, folder: Path) -> list[str]:
+    words = ["eval", str(model), "--threads", "1", "--choice", str(test)]
+    return [*words, "--early-exit", str(rule), "-o", str(folder / "out")]
+
+
 @pytest.fixture
 def fit_command(tiny: Path, tmp_path: Path) -> list[str]:
     rows = write(tmp_path / "tune.jsonl", made_up(72))
@@ -196,17 +201,8 @@ def test_no_prompt_is_longer_than_the_models_context(
         return prompts
 
     monkeypatch.setattr(early_exit_eval, "encode", noted)
-    command = [
-        "eval",
-        str(tiny),
-        "--threads",
-        "1",
-        "--choice",
-        str(tmp_path / "test.jsonl"),
-        "--quiet",
-    ]
-    rule = str(tmp_path / "exit.safetensors")
-    assert main([*command, "--early-exit", rule, "-o", str(tmp_path / "out")]) == 0
+    command = eval_command(tiny, tmp_path / "test.jsonl", tmp_path / "exit.safetensors", tmp_path)
+    assert main([*command, "--quiet"]) == 0
     assert lengths == [Checkpoint.open(tiny).config["max_position_embeddings"]]
 
 
@@ -228,19 +224,7 @@ def test_prompts_that_were_cut_are_counted_and_said(
     rows = made_up(24, seed=9)
     long = sum(len(prompt.tokens) > room for prompt in encode(codec, rows, Style(WORDS), 1000))
     test, out = write(tmp_path / "test.jsonl", rows), tmp_path / "out"
-    command = [
-        "eval",
-        str(tiny),
-        "--threads",
-        "1",
-        "--choice",
-        test,
-        "--early-exit",
-        str(rule),
-        "-o",
-        str(out),
-    ]
-    assert main([*command, "--context", str(room)]) == 0
+    assert main([*eval_command(tiny, test, rule, tmp_path), "--context", str(room)]) == 0
     assert f"{long} of 24 {words}" in " ".join(capsys.readouterr().err.split())
     (result,) = json.loads((out / "early_exit.json").read_text())["results"]
     assert result["cut_prompts"] == long

@@ -108,6 +108,5 @@ def put_together(model: Any, matrix: Matrix, tensors: Sequence[str]) -> None:
     modules = [model.get_submodule(name) for name in names]
     together = Together(matrix, tuple(module.out_features for module in modules))
     for number, (name, module) in enumerate(zip(names, modules, strict=True)):
-        above, _, last = name.rpartition(".")
         part = PackedPart(together, number, module.out_features, module.bias)
-        setattr(model.get_submodule(above), last, part)
+        model.set_submodule(name, part)
