@@ -8,7 +8,6 @@ scales are 1 and shared by all matrices of a shape, so that a weight takes 4 bit
 from __future__ import annotations
 
 import functools
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from shortstack.row_codes import RowCodes
 from shortstack.runtimes.packed.int8 import own
 from shortstack.runtimes.packed.matrix import CodedMatrix
 from shortstack.runtimes.packed.nibbles import split
+from shortstack.runtimes.packed.repeated import Repeated
 from shortstack.runtimes.packed.rest import Scratch, rest_of
 
 WIDEST_SHARE = {"direct": 0.1, "lean": 0.2}
@@ -28,6 +28,8 @@ TILE = 64
 PACKED_AT_ONCE = 64 * TILE
 """Rows that are brought into the layout together: PyTorch takes them as int32, 8 times as large."""
 GROUPS = (256, 128, 64, 32)
+UNITS = Repeated(1, 0)
+"""Scale and zero point of every group of every row."""
 
 
 def fits(columns: int) -> bool:
@@ -50,7 +52,7 @@ class CpuDirectMatrix(CodedMatrix):
         self._place[self._wide] = torch.arange(len(parts.wide), dtype=torch.int32)
         self._packed, self._tall = pack(np.concatenate([parts.low, parts.high]))
         self._group = next(g for g in GROUPS if self.columns % g == 0)
-        self._units = _Units.reserve(self.columns // self._group * self._tall)
+        self._units = UNITS.reserve(self.columns // self._group * self._tall)
         self._scales: Tensor | None = None
         self._rest = rest_of(parts, scratch)
         self.buffered = scratch is not None
@@ -64,7 +66,7 @@ class CpuDirectMatrix(CodedMatrix):
     def few(self, x: Tensor) -> Tensor:
         """Sums are float32 and rounded once, but the kernel's own."""
         if self._scales is None:  # not before all matrices are read: the longest is known then
-            self._scales = _Units.take(self._units, x.dtype).view(-1, self._tall, 2)
+            self._scales = UNITS.take(self._units, x.dtype).view(-1, self._tall, 2)
         whole: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.contiguous(), self._packed, self._group, self._scales
         )
@@ -116,26 +118,6 @@ def pack(nibbles: np.ndarray) -> tuple[Tensor, int]:
         made = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.from_numpy(filled), 1)
         packed[start : start + len(filled)] = made
     return packed, rows
-
-
-class _Units:
-    """Scale 1 and zero point 0 of every group of every row: the same numbers whatever the shape, so
-    that all matrices share the longest."""
-
-    _most = 0
-    _values: ClassVar[dict[torch.dtype, Tensor]] = {}
-
-    @classmethod
-    def reserve(cls, n: int) -> int:
-        cls._most = max(cls._most, n)
-        return n
-
-    @classmethod
-    def take(cls, n: int, dtype: torch.dtype) -> Tensor:
-        """Shape (n, 2)."""
-        if dtype not in cls._values or len(cls._values[dtype]) < n:
-            cls._values[dtype] = torch.tensor([1, 0], dtype=dtype).repeat(cls._most, 1)
-        return cls._values[dtype][:n]
 
 
 @functools.cache

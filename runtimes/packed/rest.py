@@ -16,9 +16,15 @@ import torch
 from torch import Tensor
 
 from shortstack.runtimes.packed.nibbles import Split
+from shortstack.runtimes.packed.repeated import Repeated
 
 BLOCK_COLUMNS = 4096
 """What 12 bits number: wider matrices are cut into so many columns."""
+
+
+SIXTEENS = Repeated(16)
+"""The numbers of the entries of `direct`."""
+_SIGNS = torch.tensor([[1.0], [-1.0]])
 
 
 class Rest(Protocol):
@@ -75,14 +81,14 @@ class DirectRest:
         self._starts = _starts(np.repeat(parts.row, times), rows)
         self._entries = torch.from_numpy(np.repeat(column, times).astype(np.int32))
         self._matrix: Tensor | None = None
-        _Sixteens.reserve(len(self._entries))
+        SIXTEENS.reserve(len(self._entries))
         self.n_bytes = self._starts.nbytes + self._entries.nbytes
         self.shared = {"sixteens": 4 * len(self._entries)}
 
     def multiply(self, x: Tensor) -> Tensor:
         if self._matrix is None:  # not before all matrices are read: the longest is known then
             shape = (len(self._starts) - 1, 2 * self._columns)
-            values = _Sixteens.take(len(self._entries))
+            values = SIXTEENS.take(len(self._entries), torch.float32).view(-1)
             self._matrix = _csr(self._starts, self._entries, values, shape)
         return _product(self._matrix, (x[:, None] * _SIGNS).reshape(len(x), -1))
 
@@ -91,26 +97,6 @@ class DirectRest:
         column = self._entries[at].long()
         negative = column >= self._columns
         return row, column - self._columns * negative, 1 - 2 * negative.short()
-
-
-_SIGNS = torch.tensor([[1.0], [-1.0]])
-
-
-class _Sixteens:
-    """16 for each entry of the matrix that has most, which all matrices share."""
-
-    _most = 0
-    _values = torch.empty(0)
-
-    @classmethod
-    def reserve(cls, n: int) -> None:
-        cls._most = max(cls._most, n)
-
-    @classmethod
-    def take(cls, n: int) -> Tensor:
-        if len(cls._values) < n:
-            cls._values = torch.full((cls._most,), 16.0)
-        return cls._values[:n]
 
 
 class LeanRest:
