@@ -67,7 +67,8 @@ early_cpu() { # the model that the item early tuned, prompts one by one on cores
   ln -sfn "$out/early/tuned" "$out/early-cpu/tuned"
   python3 -m benchmarks.early_exit "$model" --data "$data" --out "$out/early-cpu" --device cpu --rows 120 --checks answers probe
 }
-double() { # cuts of 8 and 15 layers, healed; all in every kind of file
+double() { # LAYERS_CUT...: cuts of so many layers, healed, and without any the model itself; all in every kind of file
+  local cut models=()
   python3 - "$data" "$out/texts.jsonl" <<'PY'
 import json, sys
 from pathlib import Path
@@ -75,13 +76,18 @@ from benchmarks.learn_codes import documents
 lines = [json.dumps({"text": text}) + "\n" for text in documents(Path(sys.argv[1]))]
 Path(sys.argv[2]).write_text("".join(lines), encoding="utf-8")
 PY
-  python3 -m benchmarks.depth "$model" --data "$data" --out "$out/depth" --methods cosine-run --depths 8 15 --states healed \
-    --tokens 5000000 --sampled 0 --rate 1e-3 --batch 8 --devices cuda:0 --jobs 2 --keep --threads 8
   mkdir -p "$out/cuts"
-  ln -sfn "$model" "$out/cuts/30-layers"
-  ln -sfn "$out/depth/cosine-run-8/healed" "$out/cuts/22-layers"
-  ln -sfn "$out/depth/cosine-run-15/healed" "$out/cuts/15-layers"
-  python3 -m benchmarks.double "$out"/cuts/{30,22,15}-layers --out "$out/double" --text "$data/general/wikitext2/test.jsonl" --limit 16 \
+  for cut in "$@"; do
+    if [ "$cut" = 0 ]; then
+      ln -sfn "$model" "$out/cuts/30-layers"
+    else
+      python3 -m benchmarks.depth "$model" --data "$data" --out "$out/depth" --methods cosine-run --depths "$cut" --states healed \
+        --tokens 5000000 --sampled 0 --rate 1e-3 --batch 8 --devices cuda:0 --jobs 2 --keep --threads 8 --limit 16 # double scores them
+      ln -sfn "$out/depth/cosine-run-$cut/healed" "$out/cuts/$((30 - cut))-layers"
+    fi
+    models+=("$out/cuts/$((30 - cut))-layers")
+  done
+  python3 -m benchmarks.double "${models[@]}" --out "$out/double" --text "$data/general/wikitext2/test.jsonl" --limit 16 \
     --bits 5 4.5 3.86 --gguf Q8_0 Q4_K_M Q4_0 --calibration "$out/texts.jsonl" --device cuda:0 --threads 8
 }
 item() {
@@ -96,7 +102,7 @@ item() {
       tests/runtimes/test_early_exit_checks.py \
       tests/runtimes/test_ort_card.py tests/devices/test_real_card.py tests/devices/test_roofline_ceilings.py ;;
     kernels) python3 -m benchmarks.direct_kernels --shapes 12288x4096 4096x4096 22016x4096 4096x11008 --json "$out/kernels.json" ;;
-    packed) python3 -m benchmarks.packed_memory --device cuda:0 --shape 7b --nvcomp -o "$out/packed" ;;
+    packed) python3 -m benchmarks.packed_memory --device cuda:0 --shape 7b -o "$out/packed" ;;
     exit-speed) python3 -m benchmarks.exit_speed bench "$model" --work "$out/exit-work" \
       --out "$out/exit-speed" --device cuda:0 --threads 8 --repeats 3 --minutes 9 --runtimes llama.cpp onnxruntime pytorch-graph ;;
     early) python3 -m benchmarks.early_exit "$model" --data "$data" --out "$out/early" --device cuda:0 ;;
@@ -106,7 +112,8 @@ item() {
     sample) exits sample --tokens 9000000 --batch 768 && touch "$out/exits/sampled" ;;
     balcony) sampled && balcony ;;
     cut-15) sampled && exits train --kind cut --at 15 --name cut15 --tokens 50000000 --rate 1e-3 && exits eval cut15 --split test --device cuda:0 ;;
-    double) double ;;
+    double) double 0 8 15 ;;
+    double-15) double 15 ;; # what is already there of OUT/double is kept
     learn) learn learn 4.9 3.77 ;; # a packed file takes 0.08 bits a weight more with coder=smallest
     learn-*) learn "$1" "${1#learn-}" ;;
     *energy) formats --only "$1" ;;

@@ -235,8 +235,7 @@ def run_all(asked: argparse.Namespace, tasks: list[list[str]]) -> None:
     while tasks or running:
         while tasks and free:
             device, task = free.pop(0), tasks.pop(0)
-            shown = device.removeprefix("cuda:") if device != "cpu" else ""
-            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": shown}
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": card_of(device)}
             words = [sys.executable, "-m", "benchmarks.depth", *sys.argv[1:], "--task", *task]
             log = (asked.out / f"log-{'-'.join(task)}.txt").open("wb")
             running.append(
@@ -248,6 +247,14 @@ def run_all(asked: argparse.Namespace, tasks: list[list[str]]) -> None:
                 free.append(device)
                 print(f"{' '.join(task)}: exit {process.returncode}", file=sys.stderr, flush=True)
         time.sleep(0.2)
+
+
+def card_of(device: str) -> str:
+    """CUDA_VISIBLE_DEVICES of a child: numbers count in what this process itself may see."""
+    if device == "cpu":
+        return ""
+    number, seen = device.removeprefix("cuda:"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return seen.split(",")[int(number)] if seen else number
 
 
 def open_original(model: str, out: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks import streamline
+from benchmarks import depth, streamline
 from benchmarks.depth import BEGINNING, CHOICES, GENERAL, LENGTH, main, windows
 from safetensors.numpy import load_file
 
@@ -63,3 +63,16 @@ def test_streamline_opens_a_model_that_is_a_folder(
     streamline.main()
     assert "| full | 1.0 |" in capsys.readouterr().out
     assert Checkpoint.open(out / "model").sha256 == Checkpoint.open(tiny).sha256
+
+
+@pytest.mark.parametrize(
+    ("seen", "device", "expected"),
+    [(None, "cuda:1", "1"), ("3", "cuda:0", "3"), ("2,5", "cuda:1", "5"), ("3", "cpu", "")],
+)
+def test_children_count_cards_in_what_the_parent_sees(
+    monkeypatch: pytest.MonkeyPatch, seen: str | None, device: str, expected: str
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    assert depth.card_of(device) == expected
