@@ -90,8 +90,11 @@ class CardDirectMatrix(CodedMatrix):
         return self._whole(start, stop).to(self.dtype)  # is of that type where the kernel runs
 
     def _whole(self, start: int, stop: int) -> Tensor:
-        """Codes as numbers. Reads from the device how many entries there are: no graph holds it."""
+        """Codes as numbers. Reads from the device how many entries there are; while a graph is
+        captured, which cannot, every row is taken to have as many as the longest."""
         made = self._nibbles(self._words[start:stop])
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return self._added(made, torch.arange(start, stop, device=self.device))
         starts = EIGHT * self._starts[start * self._blocks : stop * self._blocks + 1]
         first, last = starts[[0, -1]].tolist()
         if last > first:
@@ -106,11 +109,14 @@ class CardDirectMatrix(CodedMatrix):
 
     def code_rows(self, ids: Tensor) -> Tensor:
         """Shapes depend on nothing that only the device knows: a graph can hold this."""
-        made = _spread(self._words[ids], self.columns).float()
-        if self._most:
-            column, h = self._entries_of(ids)
-            made.scatter_add_(1, column, h)
-        return made.to(torch.int8)
+        return self._added(_spread(self._words[ids], self.columns).float(), ids).to(torch.int8)
+
+    def _added(self, nibbles: Tensor, ids: Tensor) -> Tensor:
+        """Nibbles of rows `ids` and what their entries add, in place."""
+        if not self._most:
+            return nibbles
+        column, h = self._entries_of(ids)
+        return nibbles.scatter_add_(1, column, h.to(nibbles.dtype))
 
     def _nibbles(self, words: Tensor) -> Tensor:
         """Nibbles of rows as numbers that entries can be added to exactly."""
