@@ -144,7 +144,7 @@ def tables(files: Sequence[File], asked: argparse.Namespace) -> list[str]:
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("original", type=Path)
-    parser.add_argument("cuts", type=Path, nargs="+")
+    parser.add_argument("cuts", type=Path, nargs="*")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--bits", type=float, nargs="+", default=[6, 5, 4.5, 3.86, 3.4])

@@ -83,8 +83,7 @@ class Choice:
 
 OPTIONS: dict[str, tuple[str, ...]] = {"coder": tuple(CODER_WORDS), "effort": tuple(EFFORTS)}
 """`coder`: what may be used (auto: Zstandard, and ANS where it saves much more; smallest: ANS where
-it saves anything); `effort` of
-Zstandard: fast (Huffman codes nearly alone), matching (also level 3), best (also level 19)."""
+it saves anything, in fewer lanes); `effort` of Zstandard: fast (Huffman codes nearly alone), matching (also level 3), best (also level 19)."""
 
 
 def options(given: Mapping[str, str]) -> Tries:
@@ -103,10 +102,10 @@ def options(given: Mapping[str, str]) -> Tries:
 
 def tries(word: str, effort: str) -> Tries:
     """What the options let us try, in the order of decoding speed."""
-    saving = 0.0 if word == "smallest" else ANS_SAVING
+    saving, of_ans = (0.0, "best") if word == "smallest" else (ANS_SAVING, "fast")
     found = []
     for name in CODER_WORDS[word]:
-        found += [(name, e, saving) for e in (EFFORTS[effort] if name == "zstd" else ("fast",))]
+        found += [(name, e, saving) for e in (EFFORTS[effort] if name == "zstd" else (of_ans,))]
     return found
 
 

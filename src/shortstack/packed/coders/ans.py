@@ -8,9 +8,10 @@ Rows are sorted into up to MAX_GROUPS groups of like spread, each with frequenci
 that pays for the tables. A coded chunk, little endian:
 
     u8 number of groups G; if G > 1: u8 group of each row
-    for every group: u8 lowest byte value, u8 highest, (highest - lowest + 1) x u16 frequency
+    for every group: u8 first byte value, u8 last, u16 frequency of each from the first to the last
     u32 lanes L, u32 words W, L x u32 states, W x u16 words
 
+Values go around: behind 255 comes 0, so that codes from -9 to 9 are 19 values, 247 to 9.
 L is at most 2^14, and at least the bytes of the chunk / 2^13. The rows of group 0 come first, then
 those of group 1, ...; symbol i of this sequence belongs to lane i mod L and step i div L, and has
 the frequencies f of its row's group; c(s) is the sum of f below s. A step does, in every lane with
@@ -39,6 +40,9 @@ are slow, as a step is a few numpy calls:
 ENOUGH_LANES = 1024
 """Streams that would have fewer get twice as many: below it a step takes as long with half."""
 
+SYMBOLS_A_LANE_AT_BEST = 4096
+"""Of the effort `best`, however few lanes that are."""
+
 MAX_LANES = 1 << 14
 MAX_STEPS = 1 << 13
 """A chunk with fewer lanes than that allows is refused: a step takes as long however few it has."""
@@ -48,12 +52,13 @@ U32 = np.uint32
 
 
 def encode(data: Bytes, columns: int, effort: str) -> bytes:
-    """Code a chunk; in groups of rows where their tables save more than they take."""
-    whole = _encode_groups(data, columns, None)
+    """Code a chunk; in groups of rows where their tables save more than they take. The effort
+    `best` takes fewer lanes: smaller, and slower to decode."""
+    whole = _encode_groups(data, columns, None, effort)
     groups = _group_rows(data, columns)
     if groups is None:
         return whole
-    grouped = _encode_groups(data, columns, groups)
+    grouped = _encode_groups(data, columns, groups, effort)
     return min(whole, grouped, key=len)
 
 
@@ -77,14 +82,14 @@ def _group_rows(data: Bytes, columns: int) -> Bytes | None:
     return np.searchsorted(edges, spread, side="right").astype(np.uint8)
 
 
-def _encode_groups(data: Bytes, columns: int, groups: Bytes | None) -> bytes:
+def _encode_groups(data: Bytes, columns: int, groups: Bytes | None, effort: str) -> bytes:
     names = np.unique(groups) if groups is not None else np.zeros(1, np.uint8)
     if groups is None or len(names) == 1:
-        return b"\x01" + _encode_sorted(data, np.array([data.size]))
+        return b"\x01" + _encode_sorted(data, np.array([data.size]), effort)
     order = np.searchsorted(names, groups).astype(np.uint8)
     rows = np.argsort(order, kind="stable")
     sizes = np.bincount(order) * columns
-    body = _encode_sorted(data.reshape(-1, columns)[rows].reshape(-1), sizes)
+    body = _encode_sorted(data.reshape(-1, columns)[rows].reshape(-1), sizes, effort)
     return bytes([len(names)]) + order.tobytes() + body
 
 
@@ -110,26 +115,39 @@ def frequencies(counts: NDArray[np.int64]) -> NDArray[np.uint32]:
     return result
 
 
-def _encode_sorted(symbols: Bytes, sizes: NDArray[np.int64]) -> bytes:
+def _encode_sorted(symbols: Bytes, sizes: NDArray[np.int64], effort: str) -> bytes:
     """Code symbols that lie group by group, `sizes` of them in each."""
     heads, tables, at = [], [], 0
     for size in sizes.tolist():
         freq = frequencies(np.bincount(symbols[at : at + size], minlength=256))
-        used = np.flatnonzero(freq)
-        low, high = (int(used[0]), int(used[-1])) if size else (0, 0)
-        heads.append(bytes([low, high]) + freq[low : high + 1].astype("<u2").tobytes())
+        first, last = _span(freq)
+        values = _values(first, last)
+        heads.append(bytes([first, last]) + freq[values].astype("<u2").tobytes())
         tables.append(freq)
         at += size
-    states, words = _push(symbols, np.array(tables), sizes)
+    states, words = _push(symbols, np.array(tables), sizes, _lanes(symbols.size, effort))
     counts = struct.pack("<II", states.size, words.size)
     return b"".join(heads) + counts + states.tobytes() + words.tobytes()
 
 
+def _span(freq: NDArray[np.uint32]) -> tuple[int, int]:
+    """First and last of the fewest neighbouring byte values, going around, with all that occur."""
+    used = np.flatnonzero(freq)
+    if not used.size:
+        return 0, 0
+    behind = np.roll(used, -1)
+    at = int(np.argmax((behind - used - 1) % 256))  # the widest gap is left out
+    return int(behind[at]), int(used[at])
+
+
+def _values(first: int, last: int) -> NDArray[np.int64]:
+    return (first + np.arange((last - first) % 256 + 1)) % 256
+
+
 def _push(
-    symbols: Bytes, freq: NDArray[np.uint32], sizes: NDArray[np.int64]
+    symbols: Bytes, freq: NDArray[np.uint32], sizes: NDArray[np.int64], lanes: int
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
     """Encode backwards, so that decoding runs forwards. `freq` has the shape (groups, 256)."""
-    lanes = _lanes(symbols.size)
     start = (np.cumsum(freq, axis=1) - freq).astype(U32).reshape(-1)
     flat, bounds = freq.reshape(-1), np.cumsum(sizes)
     states = np.full(lanes, 1 << 16, U32)
@@ -147,7 +165,9 @@ def _push(
     return states, np.concatenate(out[::-1])
 
 
-def _lanes(n_symbols: int) -> int:
+def _lanes(n_symbols: int, effort: str) -> int:
+    if effort == "best":
+        return min(MAX_LANES, -(-n_symbols // SYMBOLS_A_LANE_AT_BEST))
     few, many = -(-n_symbols // SYMBOLS_A_LANE), -(-2 * n_symbols // SYMBOLS_A_LANE)
     return min(MAX_LANES, max(few, min(many, ENOUGH_LANES)))
 
@@ -183,15 +203,13 @@ def _pull(coded: bytes, at: int, sizes: NDArray[np.int64]) -> Bytes:
     """Decode everything behind the groups of the rows."""
     tables = []
     for size in sizes.tolist():
-        low, high = coded[at], coded[at + 1]
-        if high < low:
-            raise CodingError("an alphabet that ends before it begins")
+        values = _values(coded[at], coded[at + 1])
         freq = np.zeros(256, U32)
-        freq[low : high + 1] = np.frombuffer(coded, "<u2", high - low + 1, at + 2)
+        freq[values] = np.frombuffer(coded, "<u2", values.size, at + 2)
         if int(freq.sum()) != (TOTAL if size else 0):
             raise CodingError(f"frequencies that sum to {int(freq.sum())}")
         tables.append(freq)
-        at += 2 + 2 * (high - low + 1)
+        at += 2 + 2 * values.size
     lanes, n_words = struct.unpack_from("<II", coded, at)
     if at + 8 + 4 * lanes + 2 * n_words != len(coded):
         raise CodingError("its length is not what its counts say")
