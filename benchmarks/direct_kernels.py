@@ -1,14 +1,11 @@
-"""Kernels for the packed form `direct` on a card, each against int8's, product by product.
+"""The kernel of the packed form `direct` on a card, in all its configurations, against int8's.
 
     python -m benchmarks.direct_kernels [--shapes 4096x4096 11008x4096 4096x11008] [--sigma 4]
         [--minutes 3] [--json FILE]
 
-`direct` is the kernel that the runtime has (runtimes/packed/kernels.py), in every configuration it
-may choose; what else is tried is in tried_kernels.py: `registers` holds words that come early in
-registers, `turns` has a shift less a word. Every configuration is printed as soon as it is timed:
-microseconds a product, by a CUDA graph over so many matrices that no cache holds them; a table of
-the quickest of each kernel comes last. What a kernel computes is held against float64 first. A
-kernel that is faster here than `direct` belongs in its place.
+Every configuration is printed as soon as it is timed: microseconds a product, by a CUDA graph over
+so many matrices that no cache holds them; a table of what the runtime chooses and of the quickest
+comes last. What a kernel computes is held against float64 first.
 """
 
 from __future__ import annotations
@@ -19,90 +16,32 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from benchmarks.packed_card import STEP, gaussian_codes
-from benchmarks.tried_kernels import registers_kernel, turns_kernel
 from torch import Tensor
 
 from shortstack.runtimes.packed import kernels
-from shortstack.runtimes.packed.card import CardDirectMatrix, int8_product, turned
+from shortstack.runtimes.packed.card import CardDirectMatrix, int8_product
 from shortstack.runtimes.packed.card_times import replayed_s
 
 BYTES = 1_200_000_000
 """Of all matrices together, several times a card's cache."""
 
 
-class Config(NamedTuple):
-    rows: int
-    words: int
-    warps: int
-    ahead: int
-    pairs: int
-    registers: int | None = None
-
-
-class Tried(NamedTuple):
-    kernel: Any
-    turn: int
-    """Of words, to the left of how the runtime holds them."""
-    configs: Sequence[Config]
-
-
-KERNELS = {
-    "direct": Tried(
-        kernels.direct_kernel.fn,
-        0,
-        [
-            Config(
-                *(one.kwargs["ROWS"], one.kwargs["COLS"], one.num_warps, one.kwargs["AHEAD"]),
-                *(one.kwargs["PAIRS"], one.maxnreg),
-            )
-            for one in kernels.WORD_CONFIGS
-        ],
-    ),
-    "turns": Tried(
-        turns_kernel,
-        28,
-        [
-            *(
-                Config(4, 128, 1, 2, 64, 96),
-                Config(4, 256, 2, 2, 64),
-                Config(4, 256, 2, 2, 128, 96),
-            ),
-            *(Config(4, 512, 4, 2, 128, 64), Config(8, 512, 4, 2, 64, 128)),
-        ],
-    ),
-    "registers": Tried(
-        registers_kernel,
-        0,
-        [
-            *(Config(4, 128, 1, 2, 128), Config(4, 256, 2, 2, 128), Config(4, 512, 4, 1, 128)),
-        ],
-    ),
-}
-
-
-def call(kernel: Any, matrix: CardDirectMatrix, words: Tensor, x: Tensor, config: Config) -> Tensor:
-    """x, shape (1, columns), times one matrix whose words are `words`, transposed."""
+def call(matrix: CardDirectMatrix, x: Tensor, config: Any) -> Tensor:
+    """x, shape (1, columns), times one matrix, transposed."""
     y = x.new_empty(1, matrix.rows)
-    inputs, _, *others = matrix.arguments(x, y)
-    more = {} if config.registers is None else {"maxnreg": config.registers}
-    kernel[(-(-matrix.rows // config.rows), 1)](
-        *(inputs, words, *others, *kernels.BITS_OF_FLOATS),
+    kernels.direct_kernel.fn[(-(-matrix.rows // config.kwargs["ROWS"]), 1)](
+        *(*matrix.arguments(x, y), *kernels.BITS_OF_FLOATS),
         **matrix.constants,
-        ROWS=config.rows,
-        COLS=config.words,
-        AHEAD=config.ahead,
-        PAIRS=config.pairs,
-        num_warps=config.warps,
-        **more,
+        **config.all_kwargs(),
     )
     return y
 
 
-def microseconds(calls: list[Callable[[], object]]) -> float:
+def microseconds(calls: Sequence[Callable[[], object]]) -> float:
     """Of one call, the least of three times."""
     return min(1e6 * replayed_s(calls) for _ in range(3))
 
@@ -126,29 +65,19 @@ def timed(rows: int, columns: int, *, sigma: float) -> Iterator[dict[str, Any]]:
     found = off(matrices[0].few(x), truth)
     config = str(kernels.direct_kernel.best_config)
     yield {**shape, "kernel": "direct, as chosen", "us": us, "error": found, "config": config}
-    for name, tried in KERNELS.items():
-        words = [turned(one._words, tried.turn) if tried.turn else one._words for one in matrices]
-        for one in tried.configs:
-            line = {**shape, "kernel": name, "config": str(one)}
-            yield line | tried_once(tried.kernel, matrices, words, x, truth, one)
+    for one in kernels.WORD_CONFIGS:
+        line = {**shape, "kernel": "direct", "config": str(one)}
+        yield line | tried(matrices, x, truth, one)
 
 
-def tried_once(
-    kernel: Any,
-    matrices: list[CardDirectMatrix],
-    words: list[Tensor],
-    x: Tensor,
-    truth: Tensor,
-    config: Config,
+def tried(
+    matrices: list[CardDirectMatrix], x: Tensor, truth: Tensor, config: Any
 ) -> dict[str, Any]:
     """Error and time of one configuration."""
     try:
-        found = off(call(kernel, matrices[0], words[0], x, config), truth)
-        calls = [
-            partial(call, kernel, matrix, placed, x, config)
-            for matrix, placed in zip(matrices, words, strict=True)
-        ]
-        return {"us": microseconds([*calls]), "error": found}
+        found = off(call(matrices[0], x, config), truth)
+        us = microseconds([partial(call, matrix, x, config) for matrix in matrices])
+        return {"us": us, "error": found}
     except Exception as error:  # noqa: BLE001  # a compiler's, whatever it is: the next may do
         return {"refused": repr(error)[:200]}
 
