@@ -1,10 +1,12 @@
 """Write a model folder of any size with random weights: to measure with, not to read from.
 
     python benchmarks/make_synthetic.py OUT [--shape llama-2-7b] [--layers N] [--seed 0]
+        [--gaussian]
 
 The folder is what a hub gives for a Llama: config.json, bf16 safetensors shards of at most 2 GB
 with their index, and a byte-fallback BPE tokenizer of as many tokens as the embedding has rows.
-Weights are written as they are drawn; memory stays below 200 MB whatever the size.
+Weights are written as they are drawn; memory stays below 200 MB whatever the size. `--gaussian`
+takes five times as long, and is for what quantizes them: codes of the others have no tails.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ import json
 import math
 import string
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shortstack.families import dims, expected_tensors, family_of
+from shortstack.floats import to_stored
 from shortstack.shards import ShardWriter, lay_out
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -42,6 +45,9 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 1000,
     },
 }
+Draw = Callable[[int, int], Iterator[memoryview]]
+"""(weights, seed) -> them as bfloat16, by chunks."""
+
 MAX_SHARD_BYTES = 2 * 10**9
 CHUNK_WEIGHTS = 2**22
 ONE = 0x3F80
@@ -50,6 +56,9 @@ ONE = 0x3F80
 KEPT_BITS, EXPONENT = 0x80FF, 0x3C00
 """Sign, lowest bit of the exponent and mantissa are drawn; the rest of the exponent makes a weight
 2**-7 to 2**-5 in size, so about 0.017 in the root of the mean square."""
+
+SIGMA = 0.02
+"""Of Gaussian weights."""
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 LETTERS = "▁" + string.ascii_lowercase
@@ -87,7 +96,15 @@ def drawn(count: int, seed: int) -> Iterator[memoryview]:
         yield bits.data.cast("B")
 
 
-def write_weights(folder: Path, config: dict[str, Any], seed: int) -> int:
+def gaussian(count: int, seed: int) -> Iterator[memoryview]:
+    """The same, normally spread."""
+    generator = np.random.Generator(np.random.SFC64(seed))
+    for start in range(0, count, CHUNK_WEIGHTS):
+        made = generator.standard_normal(min(CHUNK_WEIGHTS, count - start), dtype=np.float32)
+        yield to_stored(np.float32(SIGMA) * made, "BF16")
+
+
+def write_weights(folder: Path, config: dict[str, Any], seed: int, draw: Draw = drawn) -> int:
     """Write the shards and their index; return the bytes of all weights."""
     rows = {
         name: shape
@@ -101,7 +118,7 @@ def write_weights(folder: Path, config: dict[str, Any], seed: int) -> int:
             if len(rows[name]) == 1:  # the gain of a norm
                 writer.write(name, [np.full(count, ONE, "<u2").data.cast("B")])
             else:
-                writer.write(name, drawn(count, seed * 1_000_003 + at))
+                writer.write(name, draw(count, seed * 1_000_003 + at))
     return layout.weight_bytes
 
 
@@ -175,14 +192,20 @@ def write_tokenizer(folder: Path, size: int) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def make_synthetic(folder: Path, shape: str = "llama-2-7b", seed: int = 0, **changed: int) -> int:
+def make_synthetic(
+    folder: Path,
+    shape: str = "llama-2-7b",
+    seed: int = 0,
+    draw: Draw = drawn,
+    **changed: int,
+) -> int:
     """Write the folder, which must not exist; return the bytes of its weights."""
     config = config_of(shape, **changed)
     if config["vocab_size"] < len(SPECIAL) + 256 + len(LETTERS):
         raise SystemExit("The tokenizer needs 286 tokens at least: ask for a larger vocabulary.")
     folder.mkdir(parents=True)
     write_tokenizer(folder, config["vocab_size"])
-    n_bytes = write_weights(folder, config, seed)
+    n_bytes = write_weights(folder, config, seed, draw)
     # Last, so that a folder with a config is a whole one.
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return n_bytes
@@ -194,12 +217,14 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, help="instead of the shape's own")
+    parser.add_argument("--gaussian", action="store_true", help="weights normally spread")
     asked = parser.parse_args()
     if asked.out.exists():
         raise SystemExit(f"{asked.out} exists. Name a folder that does not.")
     changed = {} if asked.layers is None else {"num_hidden_layers": asked.layers}
     start = time.perf_counter()
-    n_bytes = make_synthetic(asked.out, asked.shape, asked.seed, **changed)
+    draw = gaussian if asked.gaussian else drawn
+    n_bytes = make_synthetic(asked.out, asked.shape, asked.seed, draw, **changed)
     print(f"{n_bytes / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s: {asked.out}")
 
 
