@@ -1,5 +1,6 @@
 #!/bin/bash
-# What the documents still lack from a card, the most wanted first. Start it once for each card, they share the list:
+# What the documents have from cards; first what was not measured to its end (tests, generation, exit-speed's graphs, double in
+# one go). Start it once for each card, they share the list:
 #   CUDA_VISIBLE_DEVICES=0 benchmarks/card_queue.sh MODEL DATA MODELS GGUF OUT LLAMA_BENCH
 # MODEL: SmolLM2's folder; DATA: folders of rows; MODELS and GGUF: what `benchmarks.formats make` wrote, 160 GB
 # of memory or disk, five minutes with 4 jobs; OUT: records and logs. An item is taken by making
@@ -67,8 +68,8 @@ early_cpu() { # the model that the item early tuned, prompts one by one on cores
   ln -sfn "$out/early/tuned" "$out/early-cpu/tuned"
   python3 -m benchmarks.early_exit "$model" --data "$data" --out "$out/early-cpu" --device cpu --rows 120 --checks answers probe
 }
-double() { # LAYERS_CUT...: cuts of so many layers, healed, and without any the model itself; all in every kind of file
-  local cut models=()
+double() { # NAME LAYERS_CUT...: cuts of so many layers (0: the model itself), healed; all in every kind of file, in OUT/NAME
+  local cut name=$1 models=()
   python3 - "$data" "$out/texts.jsonl" <<'PY'
 import json, sys
 from pathlib import Path
@@ -77,17 +78,17 @@ lines = [json.dumps({"text": text}) + "\n" for text in documents(Path(sys.argv[1
 Path(sys.argv[2]).write_text("".join(lines), encoding="utf-8")
 PY
   mkdir -p "$out/cuts"
-  for cut in "$@"; do
+  for cut in "${@:2}"; do
     if [ "$cut" = 0 ]; then
       ln -sfn "$model" "$out/cuts/30-layers"
     else
       python3 -m benchmarks.depth "$model" --data "$data" --out "$out/depth" --methods cosine-run --depths "$cut" --states healed \
-        --tokens 5000000 --sampled 0 --rate 1e-3 --batch 8 --devices cuda:0 --jobs 2 --keep --threads 8 --limit 16 # double scores them
+        --tokens 5000000 --sampled 0 --rate 1e-3 --batch 8 --devices cuda:0 --jobs 2 --keep --threads 8 --limit 16 || return # double scores them
       ln -sfn "$out/depth/cosine-run-$cut/healed" "$out/cuts/$((30 - cut))-layers"
     fi
     models+=("$out/cuts/$((30 - cut))-layers")
   done
-  python3 -m benchmarks.double "${models[@]}" --out "$out/double" --text "$data/general/wikitext2/test.jsonl" --limit 16 \
+  python3 -m benchmarks.double "${models[@]}" --out "$out/$name" --text "$data/general/wikitext2/test.jsonl" --limit 16 \
     --bits 5 4.5 3.86 --gguf Q8_0 Q4_K_M Q4_0 --calibration "$out/texts.jsonl" --device cuda:0 --threads 8
 }
 item() {
@@ -112,16 +113,16 @@ item() {
     sample) exits sample --tokens 9000000 --batch 768 && touch "$out/exits/sampled" ;;
     balcony) sampled && balcony ;;
     cut-15) sampled && exits train --kind cut --at 15 --name cut15 --tokens 50000000 --rate 1e-3 && exits eval cut15 --split test --device cuda:0 ;;
-    double) double 0 8 15 ;;
-    double-15) double 15 ;; # what is already there of OUT/double is kept
-    learn) learn learn 4.9 3.77 ;; # a packed file takes 0.08 bits a weight more with coder=smallest
+    double) double double 0 8 15 ;;
+    double-15) double double-15 15 ;; # its table is over the cut itself
+    learn) learn learn 4.9 3.77 ;; # a packed file takes 0.07 bits a weight more with coder=smallest
     learn-*) learn "$1" "${1#learn-}" ;;
     *energy) formats --only "$1" ;;
     *) formats --repeats 2 --only "$1" ;;
   esac
 }
 
-every="gguf-32-16-b8-energy kernels packed tests early early-cpu exit-speed learn sample cut-15 double generation
+every="tests generation exit-speed double kernels packed early early-cpu gguf-32-16-b8-energy learn sample cut-15
   balcony early-plain llama-bench genai graph-24-12-b8 onnx-24-12-b8 bnb-int8-32-16-b1 onnx-32-16-b1-energy
   torchao-int4-graph-32-16-b1-energy bnb-nf4-graph-32-16-b1-energy graph-32-16-b8-energy onnx-32-16-b8-energy eager-24-12-b8
   eager-32-16-b1-energy graph-32-16-b1 onnx-32-16-b1 gguf-32-16-b1"

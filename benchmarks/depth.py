@@ -254,7 +254,7 @@ def card_of(device: str) -> str:
     if device == "cpu":
         return ""
     number, seen = device.removeprefix("cuda:"), os.environ.get("CUDA_VISIBLE_DEVICES")
-    return seen.split(",")[int(number)] if seen else number
+    return number if seen is None else seen.split(",")[int(number)]
 
 
 def open_original(model: str, out: Path) -> None:

@@ -1,6 +1,6 @@
 """Depth and bits together: which of them makes the better file of a size, the smaller of a quality.
 
-    python -m benchmarks.double ORIGINAL CUT [CUT...] --out OUT --text FILE [FILE...]
+    python -m benchmarks.double ORIGINAL [CUT...] --out OUT --text FILE [FILE...]
         [--bits 6 5 4.5 3.86 3.4] [--gguf F16 Q8_0 Q4_K_M ...] [--calibration FILE]
         [--limit 24] [--threads 1] [--megabytes 200 120 80 60 50] [--ratios 1.05 1.1 1.2 1.4]
         [--device cuda:0] [--learn-tokens 5000000]

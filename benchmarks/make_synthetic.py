@@ -6,7 +6,7 @@
 The folder is what a hub gives for a Llama: config.json, bf16 safetensors shards of at most 2 GB
 with their index, and a byte-fallback BPE tokenizer of as many tokens as the embedding has rows.
 Weights are written as they are drawn; memory stays below 200 MB whatever the size. `--gaussian`
-takes five times as long, and is for what quantizes them: codes of the others have no tails.
+takes longer, and is for what quantizes them: codes of the others have no tails.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from typing import Any
 from benchmarks.depth import (
     CALIBRATION,
     CHOICES,
+    card_of,
     open_original,
     parts,
     score,
@@ -136,7 +137,7 @@ def run_all(asked: argparse.Namespace) -> None:
 
     def start(kind: str) -> None:
         device = free.get()
-        shown = {"CUDA_VISIBLE_DEVICES": device.removeprefix("cuda:") if device != "cpu" else ""}
+        shown = {"CUDA_VISIBLE_DEVICES": card_of(device)}
         words = [sys.executable, "-m", "benchmarks.streamline", *sys.argv[1:], "--one", kind]
         with file(asked, kind).with_suffix(".log").open("wb") as log:
             done = subprocess.run(words, env={**os.environ, **shown}, stdout=log, stderr=log)

@@ -72,8 +72,8 @@ CAPABILITIES: Mapping[str, Capability] = {
         },
     ),
 }
-"""onnxruntime and pytorch ran on an H100 (tests/runtimes/test_*_card.py run there); llama.cpp and
-genai have not run on a card yet."""
+"""All of them but pytorch-packed's `stream` ran on H100s or H200s (docs/cards.md, docs/harness.md,
+docs/packed_runtime.md; tests/runtimes/test_*_card.py run there)."""
 
 
 COMPUTES_IN = {"bnb-int8": "float16", "torchao-int4": "bfloat16", "awq-int4": "float16"}

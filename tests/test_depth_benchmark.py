@@ -67,7 +67,13 @@ def test_streamline_opens_a_model_that_is_a_folder(
 
 @pytest.mark.parametrize(
     ("seen", "device", "expected"),
-    [(None, "cuda:1", "1"), ("3", "cuda:0", "3"), ("2,5", "cuda:1", "5"), ("3", "cpu", "")],
+    [
+        (None, "cuda:1", "1"),
+        ("3", "cuda:0", "3"),
+        ("2,5", "cuda:1", "5"),
+        ("3", "cpu", ""),
+        ("", "cuda:0", ""),
+    ],
 )
 def test_children_count_cards_in_what_the_parent_sees(
     monkeypatch: pytest.MonkeyPatch, seen: str | None, device: str, expected: str

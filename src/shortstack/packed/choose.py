@@ -83,7 +83,8 @@ class Choice:
 
 OPTIONS: dict[str, tuple[str, ...]] = {"coder": tuple(CODER_WORDS), "effort": tuple(EFFORTS)}
 """`coder`: what may be used (auto: Zstandard, and ANS where it saves much more; smallest: ANS where
-it saves anything, in fewer lanes); `effort` of Zstandard: fast (Huffman codes nearly alone), matching (also level 3), best (also level 19)."""
+it saves anything, in fewer lanes); `effort` of Zstandard: fast (Huffman codes nearly alone),
+matching (also level 3), best (also level 19)."""
 
 
 def options(given: Mapping[str, str]) -> Tries:
