@@ -8,8 +8,9 @@ Bits are those of the whole file, tokenizer and header included: bytes x 8 / wei
 is a folder of `shortstack quantize` (named, or made at `--bits`), packed by `shortstack export`; it
 is scored in PyTorch, whose weights are the packed ones bit for bit. Every other form is scored in
 its own runtime. For each of them the table says how many bits a packed file of equal perplexity
-takes: straight lines through log perplexity between the packed points; `at most` the bits of the
-smallest of them for a form that is worse than all, nothing for one that is better than all.
+takes: straight lines through log perplexity between the packed points that no other one beats in
+both; `at most` the bits of the smallest of them for a form that is worse than all, nothing for one
+that is better than all.
 What OUT has already is kept.
 """
 
@@ -101,6 +102,15 @@ def scored(asked: argparse.Namespace, models: Sequence[Path]) -> dict[str, dict[
     return found
 
 
+def best_of(points: Sequence[Point]) -> list[Point]:
+    """Those that no other one equals or beats in bits and perplexity."""
+    found: list[Point] = []
+    for point in sorted(points, key=lambda one: (one.bits, one.perplexity)):
+        if not found or point.perplexity < found[-1].perplexity:
+            found.append(point)
+    return found
+
+
 def at_equal_quality(point: Point, packed: Sequence[Point]) -> float | None:
     """Bits of a packed file with the point's perplexity; None outside of the packed points."""
     line = sorted(packed, key=lambda one: one.perplexity)
@@ -128,7 +138,7 @@ def table(points: Sequence[Point], original: float) -> list[str]:
         "| | bits a weight | perplexity | over float32 | packed, equal perplexity | smaller by |"
     ]
     lines.append("|---|---:|---:|---:|---:|---:|")
-    packed = [point for point in points if point.packed]
+    packed = best_of([point for point in points if point.packed])
     for point in sorted(points, key=lambda one: -one.bits):
         cells = [point.name, f"{point.bits:.2f}"]
         cells += [f"{point.perplexity:.2f} ({point.low:.2f} to {point.high:.2f})"]

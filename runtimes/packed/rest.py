@@ -90,8 +90,6 @@ class DirectRest:
             shape = (len(self._starts) - 1, 2 * self._columns)
             values = SIXTEENS.take(len(self._entries), torch.float32).view(-1)
             self._matrix = _csr(self._starts, self._entries, values, shape)
-        if len(x) == 1:  # in two operations less, which are most of what so few entries take
-            return torch.mv(self._matrix, (x * _SIGNS).view(-1))[None]
         return _product(self._matrix, (x[:, None] * _SIGNS).reshape(len(x), -1))
 
     def entries_of(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
