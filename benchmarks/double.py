@@ -4,6 +4,7 @@
         [--bits 6 5 4.5 3.86 3.4] [--gguf F16 Q8_0 Q4_K_M ...] [--calibration FILE]
         [--limit 24] [--threads 1] [--megabytes 200 120 80 60 50] [--ratios 1.05 1.1 1.2 1.4]
         [--device cuda:0] [--learn-tokens 5000000]
+    python -m benchmarks.double --records docs/results/double/compensated.json
 
 Every model, the original and its (healed) cuts, in three kinds of file: *none*, 16 bits (F16);
 *4-bit*, what people use (GGUF types); *packed*, `shortstack quantize --bits` and then
@@ -11,7 +12,8 @@ Every model, the original and its (healed) cuts, in three kinds of file: *none*,
 table has every file; the second, for each number of megabytes, the perplexity of each depth and
 kind; the third, for each perplexity over the original's, the megabytes. Between two files of one
 line log perplexity is straight in log size; outside of a line there is nothing. The best of a row
-is bold. What OUT has already is kept.
+is bold. What OUT has already is kept. `--records` prints the tables of files that OUT/SET.json
+lists.
 """
 
 from __future__ import annotations
@@ -143,10 +145,10 @@ def tables(files: Sequence[File], asked: argparse.Namespace) -> list[str]:
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("original", type=Path)
-    parser.add_argument("cuts", type=Path, nargs="*")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("models", type=Path, nargs="*", help="the original, then its cuts")
+    parser.add_argument("--records", type=Path, help="print the tables of OUT/SET.json")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--text", type=Path, nargs="+")
     parser.add_argument("--bits", type=float, nargs="+", default=[6, 5, 4.5, 3.86, 3.4])
     parser.add_argument("--gguf", nargs="+", default=[t for types in KINDS.values() for t in types])
     parser.add_argument("--calibration", type=Path)
@@ -154,14 +156,26 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add_where(parser)
     parser.add_argument("--megabytes", type=float, nargs="+", default=[200, 120, 90, 75, 60, 50])
     parser.add_argument("--ratios", type=float, nargs="+", default=[1.05, 1.1, 1.2, 1.3, 1.5])
-    return parser.parse_args(words)
+    asked = parser.parse_args(words)
+    if not asked.records and not (asked.models and asked.out and asked.text):
+        parser.error("name a model, --out and --text; or --records")
+    return asked
+
+
+def recorded(file: Path) -> list[File]:
+    """What `main` wrote of a set."""
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    return [File(**row | {"megabytes": row["megabytes"] or math.inf}) for row in rows]
 
 
 def main() -> None:
     asked = arguments()
+    if asked.records:
+        print("\n".join(tables(recorded(asked.records), asked)))
+        return
     asked.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[File]] = {}
-    for model in (asked.original, *asked.cuts):
+    for model in asked.models:
         for name, files in files_of(asked, model).items():
             found.setdefault(name, []).extend(files)
     for name, files in found.items():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
-from benchmarks.double import File, arguments, between, lines, tables
+from benchmarks.double import File, arguments, between, lines, recorded, tables
 
 FILES = [
     File(30, "float32", "float32", math.inf, 20.0),
@@ -38,3 +40,20 @@ def test_the_best_of_a_size_is_bold() -> None:
     assert size.split("|")[3].strip().startswith("**1.4")  # between 25 and 30, over 20
     (ratio,) = [row for row in told if row.startswith("| 1.5 x")]
     assert "**40.0**" in ratio
+
+
+def test_files_are_read_from_a_record(tmp_path: Path) -> None:
+    rows = [
+        vars(one) | {"megabytes": None if math.isinf(one.megabytes) else one.megabytes}
+        for one in FILES
+    ]
+    (tmp_path / "set.json").write_text(json.dumps(rows), encoding="utf-8")
+    assert recorded(tmp_path / "set.json") == FILES
+
+
+def test_without_models_or_records_it_says_what_it_needs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        arguments(["a", "--out", "o"])
+    assert "or --records" in capsys.readouterr().err
