@@ -77,6 +77,22 @@ def test_the_smallest_takes_ans_for_any_saving() -> None:
     assert smallest.reason == "the smallest"
 
 
+@pytest.mark.parametrize("word", ["smallest", "ans"])
+def test_small_streams_are_left_to_zstandard_by_auto_alone(word: str) -> None:
+    given = codes(0.3, rows=64, columns=128)
+    assert choose_codes(*given, 128, AUTO).coders[0] == "zstd"
+    assert choose_codes(*given, 128, tries(word, "matching")).coders[0] == "ans"
+
+
+def test_the_smallest_codes_exponents_with_ans_too() -> None:
+    given = bfloat16(300_000)
+    usual, smallest = (
+        choose_floats(given, 2, 300, tries(word, "matching")) for word in ("auto", "smallest")
+    )
+    assert (usual.coders[0], smallest.coders[0]) == ("zstd", "ans")
+    assert smallest.streams[0].share < usual.streams[0].share
+
+
 def test_a_sample_is_whole_rows_within_the_tensor() -> None:
     for n, columns, itemsize in ((10**7, 1000, 2), (3 * 10**8, 10**8, 4), (7, 7, 2), (0, 1, 2)):
         found = places(n, columns, itemsize)

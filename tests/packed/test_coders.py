@@ -77,6 +77,16 @@ def test_ans_with_too_few_lanes_is_refused_before_it_takes_hours() -> None:
         coder("ans").decode(coded, 2**26, 1)
 
 
+def test_groups_of_rows_without_columns_are_refused() -> None:
+    spread = np.exp(RNG.standard_normal((64, 1)) * 1.5)
+    rows = np.clip(RNG.standard_normal((64, 700)) * spread * 8, -127, 127).astype(np.int8)
+    data = rows.view(np.uint8).reshape(-1)
+    coded = coder("ans").encode(data, 700, "fast")
+    assert coded[0] > 1
+    with pytest.raises(CodingError, match="rows of 0"):
+        coder("ans").decode(coded, data.size, 0)
+
+
 def test_ans_reaches_the_entropy_of_its_groups() -> None:
     codes = np.clip(np.rint(RNG.standard_normal((512, 1024)) * 4), -127, 127).astype(np.int8)
     data = codes.view(np.uint8).reshape(-1)

@@ -31,7 +31,7 @@ ANS_SAVING = 0.02
 does: the Huffman codes of BF16 exponents lose 0.06 bits of 10.6."""
 
 ANS_LEAST_BYTES = 2**16
-"""Smaller streams have too few lanes to be fast, and tables that weigh."""
+"""Smaller streams have too few lanes to be fast: `auto` does not try it."""
 
 EFFORTS = {
     "fast": ("fast",),
@@ -110,6 +110,11 @@ def tries(word: str, effort: str) -> Tries:
     return found
 
 
+def _ans_must_pay(allowed: Tries) -> bool:
+    """Whether ANS has a faster coder beside it and must save much more: of `auto` alone."""
+    return len(allowed) > 1 and any(name == "ans" and saving for name, _, saving in allowed)
+
+
 def without_ans(allowed: Tries) -> Tries:
     return [each for each in allowed if each[0] != "ans"]
 
@@ -138,7 +143,7 @@ def _places(n_elements: int, columns: int, wanted: int, least: int) -> list[tupl
 
 def choose_floats(data: Bytes, itemsize: int, columns: int, allowed: Tries) -> Choice:
     """Split or not, by the sample's bytes `data`, shape (n * itemsize,)."""
-    if len(allowed) > 1:
+    if _ans_must_pay(allowed):  # it never does
         allowed = without_ans(allowed)
     streams = split_floats(data, itemsize)
     bits = sum(bits_a_byte(stream) for stream in streams)
@@ -170,7 +175,7 @@ def choose_stream(data: Bytes, columns: int, allowed: Tries) -> StreamChoice:
     """The coder that pays for one stream."""
     best = PLAIN
     for name, effort, saving in allowed:
-        if name == "ans" and data.size < ANS_LEAST_BYTES:
+        if name == "ans" and data.size < ANS_LEAST_BYTES and _ans_must_pay(allowed):
             continue
         tried = _try(name, effort, data, columns)
         enough = LEAST_SAVING if best.coder == "none" else saving

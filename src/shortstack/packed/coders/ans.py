@@ -184,8 +184,8 @@ def _decode(coded: bytes, n_bytes: int, columns: int) -> Bytes:
     if n_bytes > MAX_CHUNK_BYTES:
         raise CodingError(f"a chunk of {n_bytes} bytes")
     n_groups, at = coded[0], 1
-    if not 1 <= n_groups <= MAX_GROUPS:
-        raise CodingError(f"{n_groups} groups")
+    if not 1 <= n_groups <= MAX_GROUPS or (n_groups > 1 and columns < 1):
+        raise CodingError(f"{n_groups} groups of rows of {columns}")
     if n_groups == 1:
         return _pull(coded, at, np.array([n_bytes]))
     rows = n_bytes // columns
