@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shortstack import families
 from shortstack.artifact import Artifact, ExportSpec
-from shortstack.checkpoint import Checkpoint, hash_digests, hash_file
+from shortstack.checkpoint import PACKED_SUFFIX, Checkpoint, hash_digests, hash_file
 from shortstack.disk import require_space
 from shortstack.errors import VerificationError, unknown
 from shortstack.footprint import PROCESS_BYTES
@@ -25,7 +25,7 @@ from shortstack.progress import OnProgress, silent
 
 REVISION = 1
 PRECISIONS = ("lossless",)
-FILE = "model.packed.safetensors"
+FILE = f"model{PACKED_SUFFIX}"
 
 
 def check(checkpoint: Checkpoint, spec: ExportSpec) -> None:

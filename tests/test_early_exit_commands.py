@@ -90,6 +90,33 @@ def test_what_a_check_takes_is_measured_and_can_be_repeated(
     assert {**again, "check_cost": cost} == measured
 
 
+def test_only_a_check_that_is_timed_is_shown_as_a_step(
+    fit_command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = fit_command.index("--check-cost")
+    assert main(fit_command[:-1]) == 0  # but --json, which shows no steps
+    shown = capsys.readouterr().err
+    assert "Run the validation rows" in shown
+    assert "Time a check" not in shown
+    assert main([*fit_command[:told], *fit_command[told + 2 : -1]]) == 0
+    assert "Time a check" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_packed_model_names_the_file_and_how_it_is_unpacked(
+    tmp_path: Path, fit_command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(fit_command) == 0
+    write(tmp_path / "test.jsonl", made_up(24, seed=9))
+    (tmp_path / "packed").mkdir()
+    file = tmp_path / "packed" / "model.packed.safetensors"
+    file.touch()
+    rule = tmp_path / "exit.safetensors"
+    capsys.readouterr()
+    command = eval_command(file.parent, tmp_path / "test.jsonl", rule, tmp_path)
+    assert main([*command, "--quiet"]) == 2
+    assert f"shortstack unpack {file} -o FOLDER" in capsys.readouterr().err
+
+
 def test_another_model_is_refused(
     tiny: Path, tmp_path: Path, fit_command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,6 +30,8 @@ SIDECAR = "row_codes.safetensors"
 """Codes and steps of quantized weights (`shortstack.row_codes`), beside the shards."""
 EXITS_FILE = "exits.safetensors"
 """Exits of the model (`shortstack.exits`), where they lie beside the shards: no part of it."""
+PACKED_SUFFIX = ".packed.safetensors"
+"""What `export --to packed` names its file by."""
 NO_SHARDS = frozenset({SIDECAR, EXITS_FILE})
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TOKENIZER_FILES = (
@@ -222,9 +224,12 @@ def hashed_meanwhile(checkpoint: Checkpoint) -> Iterator[None]:
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not path.is_dir() or not file.is_file():
+        remedy = "Name a folder with config.json and *.safetensors, or a .gguf file."
+        packed = list(path.glob(f"*{PACKED_SUFFIX}"))
+        if len(packed) == 1:
+            remedy = f"Make one of the packed model in it: shortstack unpack {packed[0]} -o FOLDER"
         raise ShortstackError(
-            f"{path} is not a Hugging Face model folder: it has no config.json. "
-            "Name a folder with config.json and *.safetensors, or a .gguf file."
+            f"{path} is not a Hugging Face model folder: it has no config.json. {remedy}"
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -51,7 +51,9 @@ class Terminal:
             bars.update(task, completed=total, total=total)
 
     def note(self, text: str) -> None:
-        self.console.print(f"  [dim]{text}", highlight=False, soft_wrap=True)
+        from rich.markup import escape  # a file's name may hold brackets
+
+        self.console.print(f"  [dim]{escape(text)}", highlight=False, soft_wrap=True)
 
 
 def display(quiet: bool) -> Display:

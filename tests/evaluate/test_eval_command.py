@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from tests.evaluate.conftest import write_rows
+from tests.exits import make_exits
 
 from shortstack.cli import main
 from shortstack.evaluate.generation import open_prompts
@@ -255,6 +256,44 @@ def test_a_set_file_with_a_mistake_is_refused(
     (tmp_path / "sets.yaml").write_text(f"sets:\n- {entry}\n")
     out = tmp_path / "out"
     assert words in bad(capsys, tiny, "--sets", tmp_path / "sets.yaml", "-o", out)
+
+
+def test_a_folder_named_as_an_exit_is_not_scored_in_its_place(
+    tiny: Path, rows: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_exits(tiny, tmp_path / "ex")
+    shutil.copytree(tiny, tmp_path / "ex@4")
+    out = tmp_path / "out"
+    told = bad(capsys, tmp_path / "ex@4", "--text", rows["text"], "-o", out)
+    assert "also a name of depth 4 of the exits in" in told
+    assert not out.exists()
+    (tmp_path / "ex@4").rename(tmp_path / "ex@3")  # there is no such exit to hide
+    words = ("--text", rows["text"], "--limit", 1, "--window-tokens", 32)
+    data = evaluated(out, tmp_path / "ex@3", tmp_path / "ex@4", *words)
+    assert [(model["path"], model["n_layers"]) for model in data["models"]] == [
+        ("ex@3", 6),
+        ("model", 5),
+    ]
+
+
+def test_a_model_that_is_scored_once_under_two_names_is_told(
+    tiny: Path, rows: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two[b]"
+    for folder in (one, two):
+        shutil.copytree(tiny, folder)
+    words = ["--text", str(rows["text"]), "--limit", "1", "--window-tokens", "32"]
+    words += ["--threads", "1", "-o", str(tmp_path / "out")]
+    assert main(["eval", str(one), str(two), str(one), *words]) == 0
+    told = capsys.readouterr()
+    lines = [line.strip() for line in told.err.splitlines() if "scored once" in line]
+    assert lines == [
+        f"{two} holds the same weights as {one}: scored once",
+        f"{one} is named twice: scored once",
+    ]
+    assert "scored once" not in told.out
+    data = json.loads((tmp_path / "out" / "eval.json").read_text(encoding="utf-8"))
+    assert [model["label"] for model in data["models"]] == ["one"]
 
 
 def test_prompts_come_in_three_spellings(tmp_path: Path) -> None:

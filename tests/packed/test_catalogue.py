@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from shortstack.checkpoint import Checkpoint
 from shortstack.cli import main
 from shortstack.errors import ShortstackError
 from shortstack.folder_lock import alone_in
-from shortstack.packed.catalogue import BLOBS, Variant, open_catalogue, variants
+from shortstack.packed.catalogue import BLOBS, MEND, Variant, open_catalogue, variants
 from shortstack.packed.catalogue_add import Cost, add
 from shortstack.packed.choose import tries
+from shortstack.packed.header import MOST_VALUES
 from shortstack.packed.read import verify
+from shortstack.packed.resident import Resident
 from shortstack.packed.unpack import unpack_folder
 
 ALLOWED = tries("zstd", "fast")
@@ -91,6 +94,12 @@ def test_a_variant_is_a_model_for_other_commands(
     args = ["prune", str(stored[0] / "one.json"), "--drop", "0", "-o", str(tmp_path / "cut")]
     assert main([*args, "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["n_layers"] == 4
+    words = ("--at", "2", "--text", "spdx", "--tokens", "64", "-o", str(tmp_path / "exits"))
+    told = fails(["exits", "train", str(stored[0] / "one.json"), *words, "-q"], capsys)
+    how = f"shortstack unpack {stored[0] / 'one.json'} -o {tmp_path / 'folder'}"
+    assert how.replace(str(tmp_path / "folder"), "FOLDER") in told
+    assert main([*how.split()[1:], "-q"]) == 0  # what it says to do
+    assert Checkpoint.open(tmp_path / "folder").n_layers == 5
 
 
 def test_damage_in_a_catalogue_is_found_and_named(cuts: dict[str, Path], tmp_path: Path) -> None:
@@ -103,12 +112,21 @@ def test_damage_in_a_catalogue_is_found_and_named(cuts: dict[str, Path], tmp_pat
     content = bytearray(blob.read_bytes())
     content[len(content) // 2] ^= 4
     blob.write_bytes(content)
-    with pytest.raises(ShortstackError, match=r"layers\.3\.mlp\.up_proj\.weight have changed"):
+    changed = rf"layers\.3\.mlp\.up_proj\.weight have changed\. {MEND}"
+    with pytest.raises(ShortstackError, match=changed):
         verify(held)
+    with pytest.raises(ShortstackError, match=changed):
+        Resident(folder / "one.json").floats(entry.name)
+    text = (folder / "one.json").read_text()
+    for packed in ("{}", "," * (MOST_VALUES + 1)):
+        sha256 = hashlib.sha256(packed.encode()).hexdigest()
+        (folder / "one.json").write_text(json.dumps({"packed": packed, "sha256": sha256}))
+        with pytest.raises(ShortstackError, match=MEND):
+            Variant(folder / "one.json")
+    (folder / "one.json").write_text(text)
     blob.unlink()
     with pytest.raises(ShortstackError, match=r"blob of model\.layers\.3\.mlp\.up_proj\.weight"):
         verify(held)
-    text = (folder / "one.json").read_text()
     (folder / "one.json").write_text(text.replace("zstd", "none", 1))
     with pytest.raises(ShortstackError, match="checksum is wrong"):
         Variant(folder / "one.json")
@@ -231,3 +249,47 @@ def test_what_cannot_be_a_catalogue_or_a_variant_is_refused(
         ["unpack", folder, "--variant", "three", "-o", str(tmp_path / "x")], capsys
     )
     assert variants(stored[0]) == ["base", "one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        *((name, "Windows uses it") for name in ("con", "NUL", "com1", "lpt9", "aux.v2")),
+        *((n, "the catalogue itself uses it") for n in ("blobs", "Shortstack", "Catalogue")),
+        ("ONE", "has a variant one: ONE differs by case alone"),
+    ],
+)
+def test_a_name_that_not_every_disk_can_have_is_refused(
+    name: str,
+    words: str,
+    stored: tuple[Path, dict[str, Cost]],
+    cuts: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = set(stored[0].rglob("*"))
+    for model in ("one", "two"):
+        args = ["catalogue", f"{name}={cuts[model]}", "-o", str(stored[0]), "--quiet"]
+        assert words in fails(args, capsys)
+        with pytest.raises(ShortstackError, match=words):
+            add(stored[0], name, Checkpoint.open(cuts[model]), ALLOWED)
+    assert set(stored[0].rglob("*")) == before
+
+
+def test_two_new_names_that_differ_by_case_alone_are_refused(
+    cuts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["catalogue", f"a={cuts['one']}", f"A={cuts['two']}", "-o", str(tmp_path / "all")]
+    assert "called A in small and large letters" in fails(args, capsys)
+    assert not (tmp_path / "all").exists()
+
+
+def test_names_of_an_older_catalogue_can_still_be_mended(
+    cuts: dict[str, Path], tmp_path: Path
+) -> None:
+    """What is told to do about damage is not refused for the name."""
+    open_catalogue(tmp_path)
+    add(tmp_path, "one", Checkpoint.open(cuts["one"]), ALLOWED)
+    for name in ("aux", "ONE"):
+        (tmp_path / f"{name}.json").write_text("{")
+        add(tmp_path, name, Checkpoint.open(cuts["two"]), ALLOWED)
+        verify(Variant(tmp_path / f"{name}.json"))

@@ -163,3 +163,31 @@ def test_a_packed_file_is_a_model_to_export_to_measure_and_to_evaluate(
     given = ["--text", text, "--window-tokens", "32", "--limit", "2"]
     made = run(capsys, "eval", file, *given, "-o", str(tmp_path / "eval"))
     assert made["models"][0]["runtime"] == "pytorch-packed"
+
+
+def test_what_needs_a_folder_names_the_packed_file_and_how_it_is_unpacked(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "packed", str(tmp_path / "out")
+    run(capsys, "export", str(tiny), "--to", "packed", "-o", str(folder))
+    file = folder / "model.packed.safetensors"
+    how = f"shortstack unpack {file} -o FOLDER"
+    rows = tmp_path / "rows.jsonl"
+    questions = ({"question": f"Is {n} odd?", "choices": ["no", "yes"]} for n in range(99))
+    rows.write_text(
+        "".join(json.dumps({**q, "answer": n % 2}) + "\n" for n, q in enumerate(questions))
+    )
+    train = ("--text", "spdx", "--tokens", "64", "-o", out, "-q")
+    for model in (file, folder):
+        told = fails(["exits", "train", str(model), "--at", "2", *train], capsys)
+        assert told.endswith((f"{how}.", how))
+        assert "prune" not in told
+        assert how in fails(["heal", str(model), *train], capsys)
+    told = fails(["plan", str(folder), "--drop", "2", "-o", out, "-q"], capsys)
+    assert "it has no config.json" in told
+    assert told.endswith(how)
+    fit = ["exits", "fit", str(folder), "--tune", str(rows), "-o", f"{out}.safetensors", "-q"]
+    assert fails(fit, capsys).endswith(how)
+    (folder / "other.packed.safetensors").write_bytes(b"")
+    told = fails(["plan", str(folder), "--drop", "2", "-o", out, "-q"], capsys)
+    assert "Name a folder with config.json" in told, "of two it cannot tell which"

@@ -158,9 +158,10 @@ class OneBlob:
     """A blob in memory, read as one in a file is."""
 
     def __init__(self, data: bytes, entry: Entry) -> None:
-        from shortstack.packed.header import Contents
+        from shortstack.packed.header import GET_AGAIN, Contents
 
         self.path, self.sha256, self._data = Path("memory"), "", data
+        self.remedy = GET_AGAIN
         self.contents = Contents(tool="test", entries=(entry,))
 
     def open_blob(self, entry: Entry):  # type: ignore[no-untyped-def]  # BytesIO closes itself

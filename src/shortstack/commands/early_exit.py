@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ from shortstack.manifest import (
     step_key,
     write_manifest,
 )
-from shortstack.progress import Display
+from shortstack.progress import Display, silent
 from shortstack.questions import Question, open_questions, refuse_leaks
 
 if TYPE_CHECKING:
@@ -149,7 +150,8 @@ def _fit(
             states[name] = collect(model, part, layers, loading.batch_tokens, progress)
     words = {prompt.words for part in prompts.values() for prompt in part}
     shared = words.pop() if len(words) == 1 else ()
-    with display.step("Time a check") as progress:
+    measured = settings.check_cost is None
+    with display.step("Time a check") if measured else nullcontext(silent) as progress:
         cost = check_cost(model, prompts["validation"], settings, progress)
     with display.step("Fit"):
         rule, others = fit(

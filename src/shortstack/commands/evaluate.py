@@ -107,18 +107,34 @@ def _targets(
     out: Path,
     display: Display,
 ) -> list[Target]:
-    """The models, the original first; a model that is the original, too, comes once."""
+    """The models, the original first; one that holds what an earlier one does comes once, which is
+    said. Raises ShortstackError for a name that means two models."""
     targets: list[Target] = []
+    named: list[str] = []
     for wanted in (*([against] if against else []), *models):
         label = _label(wanted.name, [target.label for target in targets])
         place = Path(wanted.name)
-        if not place.exists() and (":" in wanted.name or split_depth(place)[1] is not None):
+        depth = split_depth(place)[1]  # of a folder that is there, too: it may hide an exit
+        if depth is not None or (":" in wanted.name and not place.exists()):
             place = stack.enter_context(stages.opened(wanted.name, _near(out, label), display)).path
         target = target_of(place, label=label, runtime=wanted.runtime, tokenizer=wanted.tokenizer)
-        same = [t for t in targets if (t.sha256, t.runtime) == (target.sha256, target.runtime)]
-        if not same:
+        same = [
+            name
+            for name, t in zip(named, targets, strict=True)
+            if (t.sha256, t.runtime) == (target.sha256, target.runtime)
+        ]
+        if same:
+            display.note(_twice(wanted.name, same[0]))
+        else:
             targets.append(target)
+            named.append(wanted.name)
     return targets
+
+
+def _twice(name: str, earlier: str) -> str:
+    if name == earlier:
+        return f"{name} is named twice: scored once"
+    return f"{name} holds the same weights as {earlier}: scored once"
 
 
 def _near(out: Path, label: str) -> Path:

@@ -235,12 +235,16 @@ def windows_for(
 
 
 def training_folder(model: str) -> Checkpoint:
+    """Open a model that is trained where it lies. Raises ShortstackError, which says how one
+    becomes a folder, for what is none."""
     kind, target = resolve(model)
     if kind != "folder":
         how = "shortstack prune MODEL --drop LAYERS -o FOLDER"
         if kind == "exit":
             exits, _, depth = model.rpartition("@")
             how = f"shortstack exits export {exits} --exit {depth} -o FOLDER"
+        if kind == "packed":
+            how = f"shortstack unpack {target} -o FOLDER"
         raise ShortstackError(
             f"{model} is no Hugging Face folder: training needs one. Make one of it with {how}."
         )

@@ -144,9 +144,14 @@ def catalogue(
     named = [_named(text) for text in models]
     check_apart(out, [path for _, model in named for path in model_paths(model)])
     for n, (name, _) in enumerate(named):
-        check_name(name)
+        check_name(out, name)
         if name in [earlier for earlier, _ in named[:n]]:
             raise ShortstackError(f"two of the models are called {name}. Name one otherwise.")
+        if name.lower() in [earlier.lower() for earlier, _ in named[:n]]:
+            raise ShortstackError(
+                f"two of the models are called {name} in small and large letters, which not every "
+                "disk tells apart. Name one otherwise."
+            )
     fresh, there = not is_catalogue(out), out.exists()
     open_catalogue(out)
     with alone_in(out):

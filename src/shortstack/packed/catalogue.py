@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from shortstack.errors import ShortstackError, unknown
-from shortstack.manifest import write_text
+from shortstack.manifest import MANIFEST, write_text
 from shortstack.packed.header import (
     HEADER_BYTES,
     Contents,
@@ -32,18 +32,24 @@ MARK = "catalogue.json"
 BLOBS = "blobs"
 MEND = "Add the model again under its name: that mends it."
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+OURS = frozenset({Path(MARK).stem, Path(MANIFEST).stem, BLOBS})
+"""Names of files that a catalogue, or any output of a command, has of its own."""
+DEVICES = frozenset(
+    {"con", "prn", "aux", "nul", *(f"{kind}{n}" for kind in ("com", "lpt") for n in range(1, 10))}
+)
+"""No file of Windows may have such a name, whatever follows behind a dot."""
 
 
 class Variant:
     """One model of a catalogue, read as a packed file is."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.remedy = path, MEND
         if path.stat().st_size > HEADER_BYTES:
             raise damaged(str(path), "it is too large for a variant", MEND)
         try:
             whole = path.read_text(encoding="utf-8")
-            check_count(whole.count(","), str(path))
+            check_count(whole.count(","), str(path), MEND)
             held = json.loads(whole)
             text, self.sha256 = held["packed"], held["sha256"]
             right = hashlib.sha256(text.encode()).hexdigest() == self.sha256
@@ -51,7 +57,7 @@ class Variant:
             raise damaged(str(path), "it is no variant of a catalogue", MEND) from None
         if not right:
             raise damaged(str(path), "its checksum is wrong", MEND)
-        self.contents: Contents = parse_contents(text, str(path))
+        self.contents: Contents = parse_contents(text, str(path), MEND)
 
     @contextmanager
     def open_blob(self, entry: Entry) -> Iterator[BinaryIO]:

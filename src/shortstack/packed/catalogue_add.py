@@ -15,7 +15,7 @@ from shortstack.disk import disk_errors
 from shortstack.errors import ShortstackError
 from shortstack.manifest import partial_of, write_text
 from shortstack.packed import pack
-from shortstack.packed.catalogue import BLOBS, MARK, NAME, Variant, variants
+from shortstack.packed.catalogue import BLOBS, DEVICES, NAME, OURS, Variant, variants
 from shortstack.packed.choose import Tries
 from shortstack.packed.coders import Bytes
 from shortstack.packed.header import CHUNK_BYTES, Contents, Entry
@@ -43,16 +43,32 @@ class Cost:
         return {k: v for k, v in vars(self).items() if k != "packings"}
 
 
-def check_name(name: str) -> None:
-    """Raise ShortstackError for what cannot name a variant."""
-    if not NAME.fullmatch(name) or f"{name}.json" == MARK:
+def check_name(folder: Path, name: str) -> None:
+    """Raise ShortstackError for what cannot name a variant of `folder` on every disk. A name that
+    is there already can: adding its model again is how damage is mended."""
+    there = variants(folder)
+    if name in there:
+        return
+    if not NAME.fullmatch(name):
         raise ShortstackError(f"{name!r} cannot name a variant. Use letters, digits, . _ and -.")
+    low = name.lower()
+    if low in OURS or low.partition(".")[0] in DEVICES:
+        raise ShortstackError(
+            f"{name!r} cannot name a variant: "
+            f"{'the catalogue itself' if low in OURS else 'Windows'} uses it. Choose another name."
+        )
+    alike = [other for other in there if other.lower() == low]
+    if alike:
+        raise ShortstackError(
+            f"{folder} has a variant {alike[0]}: {name} differs by case alone, which not every "
+            "disk tells apart. Name this one otherwise."
+        )
 
 
 def check_free(folder: Path, name: str, checkpoint: Checkpoint) -> None:
     """Raise ShortstackError for a name that another model has. Reads the model, codes nothing; a
     variant that is damaged has no model any more."""
-    check_name(name)
+    check_name(folder, name)
     held = _readable(folder, [name])
     if name not in held:
         return

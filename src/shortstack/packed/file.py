@@ -16,7 +16,16 @@ from shortstack.errors import ShortstackError
 from shortstack.manifest import partial_of
 from shortstack.packed import pack
 from shortstack.packed.choose import Tries
-from shortstack.packed.header import HEADER_BYTES, PREFIX, Contents, Entry, damaged, decode, encode
+from shortstack.packed.header import (
+    GET_AGAIN,
+    HEADER_BYTES,
+    PREFIX,
+    Contents,
+    Entry,
+    damaged,
+    decode,
+    encode,
+)
 from shortstack.packed.pack import Packing
 from shortstack.packed.sources import Source, sources
 from shortstack.progress import OnProgress, silent
@@ -99,7 +108,7 @@ class PackedFile:
     """A packed file, its header checked. Blobs are read by `open_blob`."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.remedy = path, GET_AGAIN
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

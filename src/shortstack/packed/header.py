@@ -39,6 +39,7 @@ vocabularies take 35 MB."""
 SLACK_BYTES = 4096
 """A coded chunk is at most a 64th and so much longer than its plain bytes."""
 
+GET_AGAIN = "Get it again."
 PREFIX = b'{"__metadata__":{"header_sha256":"'
 NO_DIGEST = b"0" * 64
 FILES = frozenset(
@@ -206,13 +207,13 @@ class Contents(BaseModel):
         return sum(entry.n_elements * entry.itemsize for entry in self.entries)
 
 
-def parse_contents(text: str, where: str) -> Contents:
+def parse_contents(text: str, where: str, remedy: str = GET_AGAIN) -> Contents:
     """Read a JSON document `Contents`. Raises ShortstackError for all it must not be."""
-    check_count(text.count(","), where)
+    check_count(text.count(","), where, remedy)
     try:
         return Contents.model_validate_json(text)
     except ValidationError as error:
-        raise damaged(where, first_fault(error)) from None
+        raise damaged(where, first_fault(error), remedy) from None
 
 
 def first_fault(error: ValidationError) -> str:
@@ -231,13 +232,14 @@ def names_a_shard(name: str) -> bool:
     )
 
 
-def check_count(commas: int, where: str) -> None:
+def check_count(commas: int, where: str, remedy: str = GET_AGAIN) -> None:
     """Raise ShortstackError for JSON of more values than any model's header has."""
     if commas > MOST_VALUES:
-        raise damaged(where, f"its header has more than {MOST_VALUES} values")
+        raise damaged(where, f"its header has more than {MOST_VALUES} values", remedy)
 
 
-def damaged(where: str, fact: str, remedy: str = "Get it again.") -> ShortstackError:
+def damaged(where: str, fact: str, remedy: str = GET_AGAIN) -> ShortstackError:
+    """Build the error for a packed file, or a variant of a catalogue, that is not what it was."""
     return ShortstackError(
         f"{where} is damaged or not a packed model: {one_line(fact, 300)}. {remedy}"
     )

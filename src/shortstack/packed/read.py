@@ -22,6 +22,8 @@ class Packed(Protocol):
     path: Path
     contents: Contents
     sha256: str
+    remedy: str
+    """What mends blobs that have changed."""
 
     def open_blob(self, entry: Entry) -> AbstractContextManager[BinaryIO]:
         """A file at the first byte of the entry's blob."""
@@ -35,11 +37,11 @@ def check_blob(packed: Packed, entry: Entry) -> None:
         while left:
             data = file.read(min(left, CHUNK_BYTES))
             if not data:
-                raise damaged(str(packed.path), f"it ends inside {entry.name}")
+                raise damaged(str(packed.path), f"it ends inside {entry.name}", packed.remedy)
             digest.update(data)
             left -= len(data)
     if digest.hexdigest() != entry.coded_sha256:
-        raise damaged(str(packed.path), f"the bytes of {entry.name} have changed")
+        raise damaged(str(packed.path), f"the bytes of {entry.name} have changed", packed.remedy)
 
 
 def streams(packed: Packed, entry: Entry, only: Sequence[int] = ()) -> Iterator[list[Bytes]]:
