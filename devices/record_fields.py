@@ -37,10 +37,10 @@ class SpecRecord(Checked):
 class ArtifactRecord(Checked):
     path: str
     spec: SpecRecord
-    n_layers: Count
+    n_layers: Positive
     n_params: Count
-    size_bytes: Count
-    weight_bytes_per_token: Count
+    size_bytes: Positive
+    weight_bytes_per_token: Positive
     sha256: str
     source_sha256: str
     notes: list[str] = []

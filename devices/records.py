@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +14,15 @@ from pydantic import ValidationError as Invalid
 
 from shortstack.devices.measurement import SCHEMA
 from shortstack.devices.record_fields import BenchRecord, MeasurementRecord, RunRecord
+from shortstack.devices.visible import visible
 from shortstack.errors import ShortstackError, one_line
 
 RUN_SCHEMA = 1
 """Of report.json of `shortstack run`."""
 NAMES = ("bench.json", "report.json")
+DEEPER, MOST_FOLDERS = 2, 1000
+"""How many levels below those that are read, and how many folders of each, an error looks at to
+say where records are: a home folder given by mistake must not be walked."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +86,34 @@ def record_files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise ShortstackError(f"there is no {path}. Name a file or folder of shortstack bench.")
     here = [path / name for name in NAMES if (path / name).is_file()]
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = _folders_in(path)
     found = here or [f / name for f in folders for name in NAMES if (f / name).is_file()]
     if not found:
         raise ShortstackError(
-            f"{path} holds no {' and no '.join(NAMES)}. Run: shortstack bench MODEL -o DIR"
+            f"{path} and the folders in it hold no {' and no '.join(NAMES)}; deeper folders are "
+            f"not searched. {_next_step(folders)}"
         )
     return found
+
+
+def _next_step(folders: Sequence[Path]) -> str:
+    """Where the nearest record lies below `folders`, which hold none; else how to make one."""
+    level = list(folders)
+    for _ in range(DEEPER):
+        inside = (below for folder in level for below in _folders_in(folder))
+        level = list(itertools.islice(inside, MOST_FOLDERS))
+        for folder in level:
+            if any((folder / name).is_file() for name in NAMES):
+                return f"The nearest is {folder}: name it, or all of {folder.parent}"
+    return "Run: shortstack bench MODEL -o DIR"
+
+
+def _folders_in(path: Path) -> list[Path]:
+    """By name, but hidden ones; none of a folder that is closed to us."""
+    try:
+        return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    except OSError:
+        return []
 
 
 def _replaced(record: Record, again: tuple[Path, ...]) -> Record:
@@ -112,11 +138,13 @@ def _load(file: Path) -> tuple[str, Record]:
 
 
 def read_json(file: Path) -> Any:
-    """Raises ShortstackError, naming the file, for what is no whole JSON."""
+    """The content, its control characters written out: no text of it moves a terminal's cursor
+    or turns the direction of a table. Raises ShortstackError, naming the file, for what is no
+    whole JSON."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number)
         json.dumps(data, ensure_ascii=False).encode()  # halves of a character cannot be written
-        return data
+        return visible(data)
     except json.JSONDecodeError as error:
         raise ShortstackError(
             f"{file} is no whole JSON: {error.msg} at line {error.lineno}, column {error.colno}. "

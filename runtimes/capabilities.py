@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from shortstack.errors import ShortstackError, unknown
 
@@ -145,6 +146,11 @@ def check_together(runtime: str, device: str, options: Mapping[str, str]) -> Non
 
 
 def _check_packed(kind: str, device: str, options: Mapping[str, str]) -> None:
+    plan = options.get("plan", "none")
+    if plan != "none":
+        from shortstack.packed.plan_file import read_plan
+
+        read_plan(Path(plan))  # refuses what is not there or no plan, before anything is measured
     if kind != "cuda" and options.get("cuda_graph", "off") == "on":
         raise ShortstackError(
             f"cuda_graph=on is for CUDA cards, {device} is asked for. Leave it out, or name cuda:0."

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from tests.command_line import fails
 from tests.devices.json_schema import errors
+from tests.packed_models import pack
 
 from shortstack.artifact import ExportSpec
 from shortstack.bench.models import benchable
@@ -258,6 +259,41 @@ def test_places_that_are_no_model_or_not_ours_are_refused(
     assert "not made by shortstack" in fails(["bench", str(gguf), "-o", str(foreign)], capsys)
     assert "overlap" in fails(["bench", str(tiny), "-o", str(tiny / "out")], capsys)
     assert (foreign / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "cannot be read"), ('{"version": 1, "model_sha', "is no plan of a packed model")],
+)
+def test_a_plan_that_is_not_there_or_cut_off_is_refused_before_anything_is_measured(
+    content: str | None,
+    words: str,
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    packed = pack(Checkpoint.open(tiny), tmp_path / "model.packed.safetensors").path
+    file, out = tmp_path / "nope.json", tmp_path / "out"
+    if content is not None:
+        file.write_text(content)
+    command = ["bench", str(packed), "-o", str(out), *SMALL, "--option", f"plan={file}"]
+    assert f"{file} {words}" in fails(command, capsys)
+    assert f"{file} {words}" in fails([*command, "--dry-run"], capsys)
+    assert not out.exists()
+
+
+def test_a_file_without_layers_is_refused_as_its_record_would_be(
+    gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = b"llama.block_count"
+    raw = bytearray(gguf.read_bytes())
+    place = raw.index(key) + len(key) + 4  # behind the type of the value
+    raw[place : place + 4] = bytes(4)
+    empty = tmp_path / "empty.gguf"
+    empty.write_bytes(raw)
+    said = fails(["bench", str(empty), "-o", str(tmp_path / "out"), *SMALL], capsys)
+    assert f"{empty} is no decoder that can be measured: its n_layers is 0" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_broken_model_is_a_recorded_failure(

@@ -16,6 +16,7 @@ from shortstack.devices.report.data import ORIGINAL, ReportData
 from shortstack.devices.report.figures import figures, layer_scores
 from shortstack.devices.report.headline import gains, headline
 from shortstack.devices.report.markdown import finite, md, md_facts, md_table
+from shortstack.devices.visible import visible
 from shortstack.manifest import write_text
 
 HERE = Path(__file__).parent
@@ -24,10 +25,13 @@ HERE = Path(__file__).parent
 def write_report(data: ReportData, out: Path) -> tuple[Path, Path, Path]:
     """Write the three files into the folder `out`, each whole or not at all.
 
-    Returns the paths of report.html, report.md and report.json.
+    Returns the paths of report.html, report.md and report.json. The last has every text as it
+    is, the others have control characters written out.
     """
     paths = out / "report.html", out / "report.md", out / "report.json"
-    for path, content in zip(paths, (to_html(data), to_markdown(data), to_json(data)), strict=True):
+    shown = ReportData.from_dict(visible(data.to_dict()))
+    contents = to_html(shown), to_markdown(shown), to_json(data)
+    for path, content in zip(paths, contents, strict=True):
         write_text(path, content)
     return paths
 

@@ -14,6 +14,8 @@ from shortstack.devices.stats import Interval, drift, median, median_interval, s
 from shortstack.recipe import QUANTIZED
 
 NONE = "\N{EN DASH}"
+NOT_TIMED = "not timed"
+"""What stands for the speed of a record without trials and without a failure."""
 TIMES = "\N{MULTIPLICATION SIGN}"
 FORMATS = {"gguf": "GGUF", "onnx": "ONNX", "checkpoint": "PyTorch"}
 

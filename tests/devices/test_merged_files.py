@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,25 @@ def test_hostile_words_are_escaped_everywhere(load: Load, words: str) -> None:
     assert not any(re.search(r"(?<!\\)<|\x1b|\x00", line) for line in lines)
     assert json.loads(json.dumps(llama_bench_rows(merged.cases)))
     assert to_csv(merged, rows(merged.cases))
+
+
+def test_no_file_holds_a_character_that_a_terminal_or_a_page_obeys(
+    load: Load, tmp_path: Path
+) -> None:
+    evil = "a\x1b[2J\u202egpj\u2066\x07\x7f\x9b1m\u200f\u061c\u2028\rend"
+    merged = merge(load(hostile(evil), server_run()), share_of=shares)
+    (tmp_path / "out").mkdir()
+    for file in write_merged(merged, tmp_path / "out"):
+        text = file.read_text(encoding="utf-8")
+        unseen = {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp")}
+        assert unseen <= {"\n"}, file.name
+        assert "u202e" in text, file.name
+
+
+def test_labels_that_differ_in_an_unseen_character_stay_two(load: Load) -> None:
+    two = [measurement("model", 30), measurement("model\u202e", 30)]
+    labels = [case.label for case in merge(load(bench(two))).cases]
+    assert labels == ["model", r"model\u202e"]
 
 
 def test_a_path_in_a_command_is_not_shown(load: Load) -> None:

@@ -114,7 +114,13 @@ DAMAGES: dict[str, Callable[[Json], Any]] = {
     "measurements[0].trials[0].decode_step_s": lambda r: a_trial(r).update(decode_step_s=[]),
     "measurements[0].trials[0].ttft_s": lambda r: a_trial(r).pop("ttft_s"),
     "measurements[0].artifact.n_layers": lambda r: first(r)["artifact"].update(n_layers="30"),
-    "measurements[0].artifact.size_bytes": lambda r: first(r)["artifact"].update(size_bytes=-1),
+    "measurements[1].artifact.n_layers": lambda r: r["measurements"][1]["artifact"].update(
+        n_layers=0
+    ),
+    "measurements[0].artifact.size_bytes": lambda r: first(r)["artifact"].update(size_bytes=0),
+    "measurements[0].artifact.weight_bytes_per_token": lambda r: first(r)["artifact"].update(
+        weight_bytes_per_token=0
+    ),
     "measurements[0].workload.batch": lambda r: first(r)["workload"].update(batch=0),
     "measurements[0].memory": lambda r: first(r).update(memory=None),
     "measurements[0].failure": lambda r: first(r).pop("failure"),
@@ -201,6 +207,31 @@ def test_another_kind_is_refused(tmp_path: Path) -> None:
 def test_a_folder_without_records_says_what_to_run(tmp_path: Path) -> None:
     assert "shortstack bench MODEL -o DIR" in refused(tmp_path)
     assert "there is no" in refused(tmp_path / "nowhere")
+
+
+def test_records_that_lie_too_deep_are_named(tmp_path: Path) -> None:
+    written(tmp_path / "card" / "b" / "deeper", laptop_run())
+    written(tmp_path / "disk" / "one", laptop_run())
+    written(tmp_path / ".hidden" / "one", laptop_run())
+    message = refused(tmp_path)
+    assert "the folders in it hold no bench.json and no report.json" in message
+    assert "deeper folders are not searched" in message
+    near = tmp_path / "disk"
+    assert message.endswith(f"The nearest is {near / 'one'}: name it, or all of {near}")
+    assert load_records([near])
+
+
+def test_a_folder_three_levels_down_is_named_too(tmp_path: Path) -> None:
+    written(tmp_path / "a" / "b" / "c", laptop_run())
+    assert f"The nearest is {tmp_path / 'a' / 'b' / 'c'}" in refused(tmp_path)
+
+
+def test_the_refusal_of_a_record_sends_nothing_to_a_terminal(tmp_path: Path) -> None:
+    record = laptop_run()
+    record["ceilings"] = {"\x1b[2J\u202e": {}}
+    message = refused(written(tmp_path, record))
+    assert r"ceilings.\x1b[2J\u202e.read_bytes_per_s" in message
+    assert message.isprintable()
 
 
 def test_one_run_in_two_places_is_told_once(tmp_path: Path) -> None:

@@ -66,6 +66,15 @@ def test_a_model_that_failed_says_so(load: Load) -> None:
     assert "1 did not work" in text
 
 
+def test_a_record_without_trials_is_not_timed_and_did_not_fail(load: Load) -> None:
+    merged = two_machines(load, lambda m: m.update(trials=[]))
+    assert cells(merged, "original")[1] == "not timed"
+    told = dict(warnings(merged.cases))
+    why = next(why for where, why in told.items() if where.endswith("run 2"))
+    assert "the record holds no trial and no failure. Measure it again" in why
+    assert "did not work" not in to_html(merged)
+
+
 def test_a_model_that_failed_elsewhere_failed_and_is_not_called_unlike(load: Load) -> None:
     def fail(m: Json) -> None:
         why = {"kind": "error", "message": "it does not fit", "phase": "load"}

@@ -181,6 +181,17 @@ def test_hostile_names_are_escaped_everywhere(data: ReportData) -> None:
     assert sum(line.startswith("# ") for line in lines) == 1
 
 
+def test_characters_that_nobody_sees_are_written_out(data: ReportData, tmp_path: Path) -> None:
+    name = "tiny\x1b[2J\u202e"
+    evil = dataclasses.replace(data, model=dataclasses.replace(data.model, name=name))
+    html, markdown, raw = write_report(evil, tmp_path)
+    for file in (html, markdown):
+        text = file.read_text(encoding="utf-8")
+        assert "u202e" in text
+        assert not re.search("[\x1b\u202e]", text)
+    assert json.loads(raw.read_text(encoding="utf-8"))["model"]["name"] == name
+
+
 def test_markdown_tables_have_as_many_cells_as_columns(data: ReportData) -> None:
     tables = [b for b in to_markdown(data).split("\n\n") if b.startswith("| ")]
     assert len(tables) == 5

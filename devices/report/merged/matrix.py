@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from shortstack.devices.report.merged.cases import Case, Shape
 from shortstack.devices.report.merged.machines import Place
 from shortstack.devices.report.merged.unlike import not_comparable, why_unlike
-from shortstack.devices.report.view import with_interval
+from shortstack.devices.report.view import NOT_TIMED, with_interval
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Row:
 
     def _told(self, case: Case) -> str:
         if not case.measurement.trials:
-            return "failed"
+            return "failed" if case.measurement.failure else NOT_TIMED
         if reasons := self.reasons(case):
             return not_comparable(reasons)
         return with_interval(case.decode_tokens_per_s)

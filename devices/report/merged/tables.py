@@ -13,7 +13,14 @@ from shortstack.devices.report.merged.machines import Place
 from shortstack.devices.report.merged.matrix import Row
 from shortstack.devices.report.merged.merge import Merged, Projected
 from shortstack.devices.report.merged.unlike import not_comparable
-from shortstack.devices.report.view import NONE, Table, factor, megabytes, with_interval
+from shortstack.devices.report.view import (
+    NONE,
+    NOT_TIMED,
+    Table,
+    factor,
+    megabytes,
+    with_interval,
+)
 from shortstack.devices.stats import median
 
 PROJECTED = "Projected, not measured"
@@ -243,7 +250,7 @@ def _fits(case: Case) -> str:
         words = f"no: {failure.message}" if not case.measurement.trials else "in part"
         return f"{words} (during {failure.phase})"
     if not case.measurement.trials:
-        return "not timed"
+        return NOT_TIMED
     need, have = case.peak_bytes, case.place.memory_bytes
     if need is None or not have:
         return "yes"

@@ -150,6 +150,8 @@ def warnings(cases: Sequence[Case]) -> Facts:
     told = [(f"All {len(cases)} measurements", flag) for flag in sorted(common)]
     for case in cases:
         own = [flag for flag in case.measurement.flags if flag not in common]
+        if not case.measurement.trials and case.measurement.failure is None:
+            own.append("not timed: the record holds no trial and no failure. Measure it again")
         told += [(_where(case), "; ".join(own))] if own else []
     return told
 

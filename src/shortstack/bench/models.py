@@ -47,7 +47,18 @@ def benchable(reference: str, dtype: str = "float32", quantize: str = "none") ->
     found = _found(Path(target), reference, dtype, quantize)
     if found.format == PACKED:
         check_runnable()
-    return _multiplied(found)
+    return _multiplied(_sound(found))
+
+
+def _sound(artifact: Artifact) -> Artifact:
+    """A record of less than this is refused when it is read, so it is not measured either."""
+    for name in ("n_layers", "size_bytes", "weight_bytes_per_token"):
+        if getattr(artifact, name) < 1:
+            raise ShortstackError(
+                f"{artifact.path} is no decoder that can be measured: its {name} is "
+                f"{getattr(artifact, name)}. Export it again, with its KV cache."
+            )
+    return artifact
 
 
 def _multiplied(artifact: Artifact) -> Artifact:
