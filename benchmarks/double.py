@@ -29,6 +29,7 @@ from pathlib import Path
 from benchmarks.rate_quality import add_where, made, scored
 
 from shortstack.checkpoint import Checkpoint
+from shortstack.devices.report.merged.front import dominates
 
 KINDS = {"none": ("F16", "Q8_0"), "4-bit": ("Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M")}
 """GGUF types of a line each; the line of what is not quantized ends in the nearly exact Q8_0."""
@@ -84,20 +85,20 @@ def between(line: Sequence[tuple[float, float]], at: float) -> float | None:
 
 
 def lines(files: Iterable[File]) -> dict[tuple[int, str], list[File]]:
-    """(layers, kind) -> its files that no smaller one of the line equals or beats."""
+    """(layers, kind) -> its files that no other of the line beats in size or perplexity without
+    losing in the other."""
     found: dict[tuple[int, str], list[File]] = {}
     for file in sorted(files, key=lambda one: (-one.layers, one.kind, -one.megabytes)):
         if file.kind != "float32":
             found.setdefault(file.line, []).append(file)
     for key, line in found.items():
-        kept = [f for f in line if not any(_beats(other, f) for other in line)]
-        found[key] = kept
+        costs = [(file.megabytes, file.perplexity) for file in line]
+        found[key] = [
+            file
+            for file, own in zip(line, costs, strict=True)
+            if not any(dominates(other, own) for other in costs)
+        ]
     return found
-
-
-def _beats(one: File, other: File) -> bool:
-    better = one.perplexity <= other.perplexity and one.megabytes <= other.megabytes
-    return better and one != other
 
 
 def table(

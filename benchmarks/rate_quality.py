@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from shortstack.checkpoint import Checkpoint
+from shortstack.devices.report.merged.front import dominates
 from shortstack.devices.report.merged.plots import Axes, Dot, Series, chart
 
 GGUF = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL", "Q3_K_M", "IQ3_S")
@@ -103,12 +104,13 @@ def scored(asked: argparse.Namespace, models: Sequence[Path]) -> dict[str, dict[
 
 
 def best_of(points: Sequence[Point]) -> list[Point]:
-    """Those that no other one equals or beats in bits and perplexity."""
-    found: list[Point] = []
-    for point in sorted(points, key=lambda one: (one.bits, one.perplexity)):
-        if not found or point.perplexity < found[-1].perplexity:
-            found.append(point)
-    return found
+    """Those that no other one beats in bits or perplexity without losing in the other."""
+    costs = [(point.bits, point.perplexity) for point in points]
+    return [
+        point
+        for point, own in zip(points, costs, strict=True)
+        if not any(dominates(other, own) for other in costs)
+    ]
 
 
 def at_equal_quality(point: Point, packed: Sequence[Point]) -> float | None:
